@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 
-def assert_within_budget(actual: Tensor, truth: Tensor, eager: Tensor, *, length: int, name: str = "result") -> None:
+def assert_within_budget(
+    actual: Tensor, truth: Tensor, eager: Tensor, *, length: int, name: str = "result"
+) -> None:
     """Hold `actual` to the error budget that eager torch's own error sets.
 
     Args:
@@ -35,7 +37,9 @@ def assert_within_budget(actual: Tensor, truth: Tensor, eager: Tensor, *, length
         budget = 4 * eps * math.sqrt(length) * scale
     else:
         budget = 2 * ((eager.double() - truth).abs().max().item() + eps * scale)
-    assert error <= budget, f"{name}: error {error:.3e} exceeds the budget {budget:.3e} (largest value {scale:.3e})"
+    assert error <= budget, (
+        f"{name}: error {error:.3e} exceeds the budget {budget:.3e} (largest value {scale:.3e})"
+    )
 
 
 @dataclass

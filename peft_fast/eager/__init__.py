@@ -1,0 +1,6 @@
+"""The ops from ordinary torch calls: the fast path where Triton does not serve."""
+
+from peft_fast.eager.dropout import draw_seed as draw_seed
+from peft_fast.eager.dropout import dropout_mask as dropout_mask
+from peft_fast.eager.lora_linear import lora_bwd as lora_bwd
+from peft_fast.eager.lora_linear import lora_fwd as lora_fwd

@@ -1,0 +1,355 @@
+"""The LoRA linear op: validate, schema, launch, fake, autograd, public function."""
+
+import contextlib
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_fast import eager, reference, support
+
+_LIBRARY = torch.library.Library("peft_fast", "FRAGMENT")
+
+
+def _validate(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> None:
+    tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+    if x.dim() == 0 or any(tensor.dim() != 2 for tensor in (weight, lora_a, lora_b)):
+        raise ValueError(
+            f"lora_linear: expected x (..., K), weight (N, K), lora_a (R, K), lora_b (N, R), got {shapes}"
+        )
+    (N, K), R = weight.shape, lora_a.shape[0]
+    expected = {"x": (*x.shape[:-1], K), "lora_a": (R, K), "lora_b": (N, R), "bias": (N,)}
+    for name, shape in expected.items():
+        if name in tensors and tensors[name].shape != shape:
+            raise ValueError(f"lora_linear: {name} does not fit: expected {shape}, got {shapes}")
+    if R == 0:
+        raise ValueError(f"lora_linear: lora_a has rank 0, expected at least 1, got {shapes}")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in support.FLOATING:
+            raise ValueError(f"lora_linear: {name} has dtype {tensor.dtype}, expected a floating-point one")
+        if tensor.device != x.device:
+            raise ValueError(
+                f"lora_linear: x is on {x.device} and {name} on {tensor.device}; move them together"
+            )
+    if not torch.is_autocast_enabled(x.device.type):
+        if any(tensor.dtype != x.dtype for name, tensor in tensors.items() if name in ("weight", "bias")):
+            raise ValueError(_dtypes("weight and bias must have x's dtype", tensors))
+        if lora_a.dtype != lora_b.dtype or lora_a.dtype not in (x.dtype, torch.float32):
+            raise ValueError(_dtypes("lora_a and lora_b must both have x's dtype or float32", tensors))
+        if x.dtype == torch.float64 != lora_a.dtype:
+            raise ValueError(_dtypes("float64 x needs float64 factors", tensors))
+    if weight.requires_grad:
+        raise ValueError(
+            "lora_linear: weight requires grad, but the op keeps it frozen; pass weight.detach()"
+        )
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"lora_linear: dropout_p must lie in [0, 1), got {dropout_p}")
+    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device):
+        raise ValueError(
+            f"lora_linear: seed must be one int64 on {x.device}, got {tuple(seed.shape)} {seed.dtype} on {seed.device}"
+        )
+
+
+def _dtypes(rule: str, tensors: dict[str, Tensor]) -> str:
+    found = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
+    return f"lora_linear: {rule}, got {found}"
+
+
+_LIBRARY.define(
+    "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor scaling, "
+    "int threshold, Tensor? seed, str backend) -> Tensor"
+)
+_LIBRARY.define(
+    "lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor scaling, "
+    "int threshold, Tensor? seed, str plan) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "lora_linear_bwd(Tensor dy, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? s, Tensor scaling, "
+    "int threshold, Tensor? seed, bool[] needs, str plan) -> Tensor[]"
+)
+_LIBRARY.define("dropout_mask(Tensor seed, SymInt[] shape, int threshold) -> Tensor")
+
+
+def _launch_fwd(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scaling: float | Tensor,
+    threshold: int,
+    seed: Tensor | None,
+    plan: str,
+    traced: bool = False,
+) -> tuple[Tensor, Tensor]:
+    args = (x, weight, lora_a, lora_b, bias, scaling, threshold, seed)
+    if plan == "eager":
+        return eager.lora_fwd(*args, traced=traced)
+    if traced:
+        return torch.ops.peft_fast.lora_linear_fwd(*args, plan)
+    return _kernels().lora_fwd(*args, plan=plan)
+
+
+def _launch_bwd(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    s: Tensor | None,
+    scaling: float | Tensor,
+    threshold: int,
+    seed: Tensor | None,
+    needs: tuple[bool, bool, bool, bool],
+    plan: str,
+    traced: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    args = (dy, x, weight, lora_a, lora_b, s, scaling, threshold, seed)
+    if plan == "eager":
+        return eager.lora_bwd(*args, needs=needs, traced=traced)
+    if traced:
+        needed = iter(torch.ops.peft_fast.lora_linear_bwd(*args, needs, plan))
+        return tuple(next(needed) if need else None for need in needs)
+    return _kernels().lora_bwd(*args, needs=needs, plan=plan)
+
+
+def _kernels() -> Any:
+    """The Triton kernels, imported when first launched: the package works where Triton is absent."""
+    return importlib.import_module("peft_fast.kernels.lora_linear")
+
+
+@torch.library.impl(_LIBRARY, "lora_linear_fwd", "CompositeExplicitAutograd")
+def _lora_linear_fwd(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan):
+    return _launch_fwd(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan)
+
+
+@torch.library.impl(_LIBRARY, "lora_linear_bwd", "CompositeExplicitAutograd")
+def _lora_linear_bwd(dy, x, weight, lora_a, lora_b, s, scaling, threshold, seed, needs, plan):
+    grads = _launch_bwd(dy, x, weight, lora_a, lora_b, s, scaling, threshold, seed, tuple(needs), plan)
+    return [grad for grad in grads if grad is not None]
+
+
+@torch.library.impl(_LIBRARY, "dropout_mask", "CompositeExplicitAutograd")
+def _dropout_mask(seed, shape, threshold):
+    return eager.dropout_mask(seed, shape, threshold)
+
+
+@torch.library.register_fake("peft_fast::lora_linear_fwd", lib=_LIBRARY)
+def _fake_fwd(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan):
+    M, wide = x.shape[0], torch.promote_types(lora_a.dtype, torch.float32)
+    return x.new_empty(M, weight.shape[0]), x.new_empty(M, lora_a.shape[0], dtype=wide)
+
+
+@torch.library.register_fake("peft_fast::lora_linear_bwd", lib=_LIBRARY)
+def _fake_bwd(dy, x, weight, lora_a, lora_b, s, scaling, threshold, seed, needs, plan):
+    (M, N), K = dy.shape, weight.shape[1]
+    grads = (
+        dy.new_empty(M, K),
+        torch.empty_like(lora_a, memory_format=torch.contiguous_format),
+        torch.empty_like(lora_b, memory_format=torch.contiguous_format),
+        dy.new_empty(N),
+    )
+    return [grad for grad, need in zip(grads, needs, strict=True) if need]
+
+
+@torch.library.register_fake("peft_fast::dropout_mask", lib=_LIBRARY)
+def _fake_mask(seed, shape, threshold):
+    return seed.new_empty(shape, dtype=torch.bool)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """Saves x, the caller's own tensor, s (M, R), the seed and the parameters."""
+
+    @staticmethod
+    def forward(ctx, x, weight, lora_a, lora_b, bias, scaling, threshold, seed, backend):
+        plan = support.choose_plan(x, backend)
+        traced = not support.runs_plainly(x)
+        y, s = _launch_fwd(
+            x.reshape(-1, x.shape[-1]), weight, lora_a, lora_b, bias, scaling, threshold, seed, plan, traced
+        )
+        _, _, need_a, need_b, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if need_a else None, weight, lora_a, lora_b, s if need_b else None, seed)
+        ctx.x_shape, ctx.scaling, ctx.threshold, ctx.plan = x.shape, scaling, threshold, plan
+        # Not a view in autograd's eyes: the caller may change y in place.
+        return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
+
+    @staticmethod
+    def backward(ctx, dy):
+        need_x, _, need_a, need_b, need_bias, *_ = ctx.needs_input_grad
+        needs = (need_x, need_a, need_b, need_bias)
+        x, weight, lora_a, lora_b, s, seed = _saved_tensors(ctx)
+        with _no_autocast(dy.device.type):
+            if torch.is_grad_enabled():  # create_graph=True
+                dx, da, db, dbias = _differentiable_bwd(ctx, dy, x, weight, lora_a, lora_b, seed, needs)
+            else:
+                M, K = dy.shape[:-1].numel(), weight.shape[1]
+                dx, da, db, dbias = _launch_bwd(
+                    dy.reshape(M, -1) if dy.dim() != 2 else dy,
+                    x if x is None else x.reshape(M, K),
+                    weight,
+                    lora_a,
+                    lora_b,
+                    s,
+                    ctx.scaling,
+                    ctx.threshold,
+                    seed,
+                    needs,
+                    ctx.plan,
+                    traced=not support.runs_plainly(dy),
+                )
+                dx = dx if dx is None else dx.view(ctx.x_shape)
+        return dx, None, da, db, dbias, None, None, None, None
+
+
+def _saved_tensors(ctx):
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "lora_linear: a tensor saved for backward, most likely the layer's input x, was changed in place after "
+            "the layer had read it. Change a copy of it, or take this model back with peft_fast.unpatch(model)."
+        ) from error
+
+
+def _differentiable_bwd(ctx, dy, x, weight, lora_a, lora_b, seed, needs):
+    """The gradients of the reference, themselves differentiable."""
+    need_x, need_a, need_b, need_bias = needs
+    if x is None:
+        if need_b:
+            raise RuntimeError(
+                "lora_linear: second derivatives with lora_a frozen need the layer's input, which is not kept then; "
+                "let lora_a require grad, or take this model back with peft_fast.unpatch(model)"
+            )
+        x = dy.new_zeros(ctx.x_shape, requires_grad=True)  # dx does not depend on x
+    inputs = [tensor for tensor, need in ((x, need_x), (lora_a, need_a), (lora_b, need_b)) if need]
+    y = _differentiable(x, weight, lora_a, lora_b, None, ctx.scaling, ctx.threshold, seed, ctx.plan)
+    grads = iter(torch.autograd.grad(y, inputs, dy, create_graph=True) if inputs else ())
+    dx, da, db = (next(grads) if need else None for need in (need_x, need_a, need_b))
+    return dx, da, db, dy.flatten(0, -2).sum(0) if need_bias else None
+
+
+def _differentiable(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan):
+    """The reference with the mask of `plan`: right under every transform of torch, fast under none."""
+    keep_mask = None
+    if threshold:
+        make_mask = eager.dropout_mask if plan == "eager" else _triton_dropout_mask
+        keep_mask = make_mask(seed, (x.shape[:-1].numel(), x.shape[-1]), threshold).view(x.shape)
+    return reference.lora_linear(
+        x,
+        weight,
+        lora_a,
+        lora_b,
+        bias=bias,
+        scaling=scaling,
+        dropout_p=threshold / reference.DROPOUT_LEVELS,
+        keep_mask=keep_mask,
+    )
+
+
+def _triton_dropout_mask(seed, shape, threshold):
+    return importlib.import_module("peft_fast.kernels.dropout").dropout_mask(seed, shape, threshold)
+
+
+def _no_autocast(device_type: str):
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+@torch.library.impl(_LIBRARY, "lora_linear", "Autograd")
+def _lora_linear_autograd(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, backend):
+    return _LoraLinear.apply(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, backend)
+
+
+@torch.library.impl(_LIBRARY, "lora_linear", "CompositeExplicitAutograd")
+def _lora_linear_inference(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, backend):
+    plan = support.choose_plan(x, backend)
+    y, _ = _launch_fwd(
+        x.reshape(-1, x.shape[-1]), weight, lora_a, lora_b, bias, scaling, threshold, seed, plan
+    )
+    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
+
+
+@torch.library.register_fake("peft_fast::lora_linear", lib=_LIBRARY)
+def _fake(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, backend):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """y = x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ, the LoRA linear layer (Hu et al. 2021, equation 3).
+
+    Args:
+        x: (..., K), of float64, float32, float16 or bfloat16.
+        weight: (N, K), x's dtype, frozen; any strides.
+        lora_a: (R, K), any rank R >= 1; x's dtype, or float32 beside a 16-bit x.
+        lora_b: (N, R), lora_a's dtype.
+        bias: (N,), x's dtype.
+        scaling: the factor of the low-rank path, usually alpha / R.
+        dropout_p: the probability, in [0, 1), with which an element of x is dropped on the low-rank path,
+            quantised to 2^-16. Pass 0 outside training.
+        seed: one int64 on x's device that the mask is made from; drawn from torch's generator where not given.
+
+    Returns y (..., N) in x's dtype. Under autocast everything is cast to autocast's dtype first, as a linear layer
+    is. The mask is made again in backward, never stored. Gradients flow to x, lora_a, lora_b and bias.
+
+    Raises ValueError where shapes, dtypes or devices do not fit, where weight requires grad or dropout_p is out of
+    range, NotImplementedError where an explicit `backend` cannot serve.
+    """
+    _validate(x, weight, lora_a, lora_b, bias, dropout_p, seed)
+    return apply_lora_linear(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
+
+
+def apply_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """`lora_linear` for arguments that are known to fit: what patched layers call."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, lora_a, lora_b = (tensor.to(dtype) for tensor in (x, weight, lora_a, lora_b))
+        bias = bias if bias is None else bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return apply_lora_linear(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
+    threshold = reference.drop_threshold(dropout_p) if dropout_p else 0
+    if threshold and seed is None:
+        seed = eager.draw_seed(x.device)
+    backend = support.current_backend()
+    if support.runs_plainly(x):
+        return _LoraLinear.apply(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, backend)
+    if not torch.compiler.is_compiling() and support.in_functorch():
+        plan = support.choose_plan(x, backend)
+        return _differentiable(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan)
+    # A 0-d tensor rather than a float: a new scaling does not compile the graph again.
+    scaling = torch.full(
+        (), scaling, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device
+    )
+    return torch.ops.peft_fast.lora_linear(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, backend)

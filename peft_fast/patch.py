@@ -1,0 +1,138 @@
+"""Swap, report and exact undo, on a model that exists.
+
+Patching changes the class of each layer that has a fused op to a subclass whose forward asks, at every call,
+whether this call may be fused, and runs stock peft where not. Modules, parameters, hooks and state are not touched.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from peft_fast import support
+from peft_fast.ops.lora_linear import apply_lora_linear
+
+
+class Linear(lora.Linear):
+    """peft's LoRA layer with a fused forward. Its name is peft's, so that a patched model prints as it did."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        call = "the call has more arguments" if args or kwargs else support.fusable_lora(self, x)
+        if isinstance(call, str):
+            return super().forward(x, *args, **kwargs)
+        return apply_lora_linear(x, *call)
+
+
+@dataclass(frozen=True)
+class _Patch:
+    stock: type[nn.Module]
+    patched: type[nn.Module]
+    op: str
+    fusable: Callable[[Any], Any]  # the call's arguments, or the reason why a layer stays stock
+
+
+_ALL = (_Patch(lora.Linear, Linear, "lora_linear", support.fusable_lora),)
+_PATCHES = {patch.stock: patch for patch in _ALL}
+_PATCHED = {patch.patched: patch for patch in _ALL}
+
+
+@dataclass(frozen=True)
+class PatchRow:
+    """One adapter layer of a model: `state` is "fused" or "stock", `reason` says why it is stock."""
+
+    name: str
+    op: str
+    state: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What runs fused and what does not. `str(report)` is a table."""
+
+    rows: tuple[PatchRow, ...]
+
+    def __str__(self) -> str:
+        fused = sum(row.state == "fused" for row in self.rows)
+        table = [
+            ("module", "op", "runs", "reason"),
+            *((row.name, row.op, row.state, row.reason) for row in self.rows),
+        ]
+        widths = [max(len(line[column]) for line in table) for column in range(4)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in table
+        ]
+        return "\n".join([f"peft_fast: {fused} of {len(self.rows)} adapter layers fused", *lines])
+
+
+def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
+    """Let the adapter layers of `model` run fused, in place. Patching twice does no more than patching once.
+
+    Only `forward` changes: modules, parameters, hooks, state_dict keys, isinstance checks, saving, merging and
+    switching of adapters stay as they were. A call that cannot be fused runs stock peft.
+
+    Args:
+        model: any module that holds peft LoRA layers, such as what `get_peft_model` returns.
+        strict: raise where a layer would stay stock.
+
+    Raises ValueError where the model has no layer that can be patched, or, with `strict`, where one stays stock;
+    the model is then left as it was.
+    """
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    if not any(type(module) in _PATCHES or type(module) in _PATCHED for _, module in layers):
+        found = ", ".join(sorted({type(module).__name__ for _, module in layers})) or "none"
+        raise ValueError(
+            f"model: {type(model).__name__} has no layer to patch; adapter layers found: {found}"
+        )
+    stock = [
+        PatchRow(name, "-", "stock", reason) for name, module in layers if (reason := _why_stock(module))
+    ]
+    if strict and stock:
+        raise ValueError(f"model: with strict=True every layer must run fused\n{PatchReport(tuple(stock))}")
+    for _, module in layers:
+        if type(module) in _PATCHES:
+            module.__class__ = _PATCHES[type(module)].patched
+    return report(model)
+
+
+def unpatch(model: nn.Module) -> None:
+    """Give every patched layer of `model` its stock class back: the exact undo of `patch`.
+
+    Raises ValueError where no layer of the model is patched.
+    """
+    patched = [module for module in model.modules() if type(module) in _PATCHED]
+    if not patched:
+        raise ValueError(f"model: no layer of {type(model).__name__} is patched")
+    for module in patched:
+        module.__class__ = _PATCHED[type(module)].stock
+
+
+def report(model: nn.Module) -> PatchReport:
+    """One row for each adapter layer of `model`: what it runs now and, where that is stock peft, why.
+
+    What only a call can tell (the input's dtype or device) is not seen here.
+    """
+    rows = []
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            patch = _PATCHED.get(type(module)) or _PATCHES.get(type(module))
+            reason = _why_stock(module) or (
+                "" if type(module) in _PATCHED else "not patched: call peft_fast.patch"
+            )
+            rows.append(PatchRow(name, patch.op if patch else "-", "stock" if reason else "fused", reason))
+    return PatchReport(tuple(rows))
+
+
+def _why_stock(module: nn.Module) -> str:
+    """Why an adapter layer runs stock even when patched; empty where it runs fused."""
+    patch = _PATCHED.get(type(module)) or _PATCHES.get(type(module))
+    if patch is None:
+        return f"no fused op for {type(module).__module__}.{type(module).__name__}"
+    if "forward" in module.__dict__:
+        return "forward is set on the instance (an offload hook?)"
+    call = patch.fusable(module)
+    return call if isinstance(call, str) else ""

@@ -1,0 +1,221 @@
+"""May this call be fused? Yes, with which plan, or no, and the reason why not."""
+
+import functools
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.modules.module as _module
+from peft.tuners import lora
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+PLAIN_TENSORS = (Tensor, nn.Parameter)
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+BACKENDS = ("auto", "triton", "eager")
+
+# Below this many elements of the larger activation, several launches cost a GPU more than fusion saves it.
+# Conservative and not measured.
+MIN_GPU_ELEMENTS = 1 << 21
+
+_backend = "auto"
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose what computes the ops called inside the `with`: "auto", "triton" or "eager".
+
+    "auto" takes Triton on CUDA devices of compute capability 8.0 and above and torch calls elsewhere. An explicit
+    choice never falls back: where it cannot serve, the op raises NotImplementedError. The choice is recorded at
+    forward; backward keeps it, wherever it runs. It holds for every thread of the process.
+    """
+    global _backend
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    before, _backend = _backend, name
+    try:
+        yield
+    finally:
+        _backend = before
+
+
+def current_backend() -> str:
+    """The backend chosen by the innermost `backend(...)`."""
+    return _backend
+
+
+def choose_plan(x: Tensor, backend: str) -> str:
+    """The plan of a call on x: "eager" (torch calls) or "split" (Triton beside the vendor's matmul).
+
+    `split` is the default on GPUs until the `fused` plan is measured faster on the device and shape. Raises
+    NotImplementedError where an explicit backend cannot serve.
+    """
+    if backend == "eager" or (backend == "auto" and not _runs_triton(x.device)):
+        return "eager"
+    if backend == "triton" and not _runs_triton(x.device) and not _interprets_triton():
+        raise NotImplementedError(
+            f'backend("triton") cannot serve a tensor on {x.device}: it needs Triton and a CUDA device of compute '
+            "capability 8.0 or above, or TRITON_INTERPRET=1 set before Triton is imported"
+        )
+    return "split"
+
+
+@functools.cache
+def _runs_triton(device: torch.device) -> bool:
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and _has_triton()
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interprets_triton() -> bool:
+    if not _has_triton():
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def runs_plainly(x: Tensor) -> bool:
+    """Whether nothing watches or transforms torch calls, so that an autograd Function may be called directly.
+
+    `is_compiling` alone does not tell: it is False under `FakeTensorMode` and `make_fx`.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in PLAIN_TENSORS
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not in_functorch()
+    )
+
+
+def in_functorch() -> bool:
+    """Whether a transform of `torch.func` is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# What `fusable_lora` returns where a call may be fused: base weight (N, K), lora_a, lora_b, bias, scaling, dropout_p.
+LoraCall = tuple[Tensor, Tensor, Tensor, Tensor | None, float, float]
+
+
+def fusable_lora(layer: lora.Linear, x: Tensor | None = None) -> LoraCall | str:
+    """The arguments of `lora_linear` for a call of a peft LoRA layer on x, or the reason why stock peft must run.
+
+    Without x, only what the layer itself tells is looked at. Asked at every call, so every line is cheap: modules
+    are read from the dictionaries in which `nn.Module` keeps them.
+    """
+    if layer._disable_adapters:
+        return "adapters are disabled"
+    if layer.merged_adapters:
+        return "adapters are merged"
+    modules = layer._modules
+    layers_a, active = modules["lora_A"]._modules, layer._active_adapter
+    if not isinstance(active, str):
+        present = [name for name in active if name in layers_a]
+        if len(present) != 1:
+            return f"{len(present)} adapters are active"
+        active = present[0]
+    elif active not in layers_a:
+        return "0 adapters are active"
+    if active in layer.lora_variant:
+        return f"the variant {type(layer.lora_variant[active]).__name__} is not fused"
+    base, lora_a, lora_b = modules["base_layer"], layers_a[active], modules["lora_B"]._modules[active]
+    dropout = modules["lora_dropout"]._modules[active]
+    if type(base) not in (nn.Linear, Conv1D):
+        return f"the base layer is {type(base).__name__}, not Linear or Conv1D"
+    if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
+        return f"lora_A and lora_B are {type(lora_a).__name__} and {type(lora_b).__name__}, not Linear"
+    if type(dropout) is nn.Dropout:
+        dropout_p = dropout.p if dropout.training else 0.0
+    elif type(dropout) is nn.Identity:
+        dropout_p = 0.0
+    else:
+        return f"the dropout is {type(dropout).__name__}, not Dropout"
+    for name, module in (
+        ("base_layer", base),
+        ("lora_A", lora_a),
+        ("lora_B", lora_b),
+        ("lora_dropout", dropout),
+    ):
+        if "forward" in module.__dict__:
+            return f"forward is set on the instance of {name}"
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+        ):
+            return f"{name} has hooks"
+    if _has_global_hooks():
+        return "global module hooks are registered"
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    a, b = lora_a._parameters.get("weight"), lora_b._parameters.get("weight")
+    if lora_b._parameters.get("bias") is not None:
+        return "lora_bias is not fused"
+    for tensor in (weight, a, b, weight if bias is None else bias):
+        if type(tensor) is not nn.Parameter:
+            return f"a parameter is {type(tensor).__name__}, not a plain Parameter"
+    if weight.requires_grad:
+        return "the base weight requires grad"
+    if type(base) is Conv1D:
+        weight = weight.t()
+    if weight.shape != (b.shape[0], a.shape[1]) or a.shape[0] != b.shape[1]:
+        return "a parameter is not whole (sharded?)"
+    if dropout_p >= 1.0:
+        return "dropout drops everything"
+    return _misfit(layer, x, weight, a, b) or (weight, a, b, bias, layer.scaling[active], dropout_p)
+
+
+def _misfit(layer: lora.Linear, x: Tensor | None, weight: Tensor, a: Tensor, b: Tensor) -> str | None:
+    """Why x and the parameters do not go together in the op, None where they do."""
+    device, factor_dtype = weight.device, a.dtype
+    if a.device != device or b.device != device or device.type == "meta":
+        return f"base layer and adapter are on {device} and {a.device}"
+    if device.type != "cpu" and (_backend == "eager" or not _runs_triton(device)):
+        return f"no Triton kernels for {device}"
+    dtype = weight.dtype if x is None else x.dtype
+    if b.dtype != factor_dtype or dtype not in FLOATING or factor_dtype not in FLOATING:
+        return f"the dtypes {dtype}, {factor_dtype} and {b.dtype} are not fused"
+    if x is None:
+        return None
+    if type(x) not in PLAIN_TENSORS and not torch.compiler.is_compiling():
+        return f"the input is {type(x).__name__}, not a plain Tensor"
+    if x.device != device:
+        return f"the input is on {x.device}, the layer on {device}"
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        return "the input does not fit the layer"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit is tracing"
+    if torch.is_autocast_enabled(device.type):
+        if torch.float64 in (dtype, weight.dtype, factor_dtype):
+            return "float64 under autocast"
+    elif weight.dtype != dtype or (
+        factor_dtype != dtype and (factor_dtype != torch.float32 or dtype == torch.float64)
+    ):
+        return f"the dtypes {dtype}, {weight.dtype} and {factor_dtype} are not fused"
+    elif factor_dtype != dtype and not layer.cast_input_dtype_enabled:
+        return "casting of the input is switched off"
+    if (
+        device.type != "cpu"
+        and x.numel() // x.shape[-1] * max(weight.shape) < MIN_GPU_ELEMENTS
+        and _backend == "auto"
+    ):
+        return "too small to gain on this device"
+    return None
+
+
+def _has_global_hooks() -> bool:
+    return bool(
+        _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+    )
