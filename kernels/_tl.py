@@ -1,0 +1,131 @@
+"""Device helpers that every kernel shares.
+
+Two of them differ between a compiled kernel and Triton's interpreter, which multiplies bf16 operands as raw bits
+and truncates fp32 to bf16: `dot` and `cast` then do in fp32 what the hardware does, so that the interpreter
+is a faithful test of bf16 too.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+# Philox4x32 passes BigCrush from 7 rounds on (Salmon et al. 2011, table 2); 10 would only cost more.
+PHILOX_ROUNDS = tl.constexpr(7)
+
+
+@triton.jit
+def swizzle(pid, rows, cols, GROUP: tl.constexpr):
+    """The (row, column) of program `pid` in a grid of rows×cols tiles, GROUP rows at a time so that L2 holds both
+    operands' tiles."""
+    return tl.swizzle2d(pid // cols, pid % cols, rows, cols, GROUP)
+
+
+@triton.constexpr_function
+def _is_one(stride):
+    return isinstance(stride, int) and stride == 1
+
+
+@triton.jit
+def _offsets(index, stride, UNIT: tl.constexpr, WIDE: tl.constexpr):
+    if WIDE:
+        index = index.to(tl.int64)
+    offsets = index * stride
+    if UNIT > 1 and not _is_one(stride):
+        offsets = tl.multiple_of(offsets, UNIT)
+    return offsets
+
+
+@triton.jit
+def tile_ptrs(ptr, rows, cols, stride_row, stride_col, UNIT: tl.constexpr, WIDE: tl.constexpr):
+    """Pointers to the elements (rows, cols) of a matrix.
+
+    UNIT divides each stride that is not the literal 1. Triton itself only tells strides that are multiples of 16
+    from all others; with the hint a row length of 8·odd gets 16-byte loads too.
+    """
+    return ptr + (
+        _offsets(rows, stride_row, UNIT, WIDE)[:, None] + _offsets(cols, stride_col, UNIT, WIDE)[None, :]
+    )
+
+
+@triton.jit
+def load_tile(
+    ptr, rows, cols, num_rows, num_cols, stride_row, stride_col, UNIT: tl.constexpr, WIDE: tl.constexpr
+):
+    """The elements (rows, cols) of a matrix, zero outside of num_rows×num_cols."""
+    mask = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
+    return tl.load(tile_ptrs(ptr, rows, cols, stride_row, stride_col, UNIT, WIDE), mask=mask, other=0.0)
+
+
+@triton.jit
+def cast(x, DTYPE: tl.constexpr):
+    """`x` in another type, rounded to nearest even."""
+    if INTERPRETED and DTYPE == tl.bfloat16 and x.dtype == tl.float32:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    if INTERPRETED and a.dtype == tl.bfloat16:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b, with `acc` in fp32 (fp64 for fp64 operands).
+
+    A 16-bit `a` stays as it is against a fp32 `b`, which is split into three 16-bit terms: a b = a hi + a mid + a lo to
+    fp32's accuracy, on 16-bit tensor cores. In fp16 the residuals would underflow, so they are held 2^11 and 2^22
+    times too large, which is exact, and |b| must stay below 65520.
+    """
+    if a.dtype == b.dtype:
+        acc = _dot(a, b, acc, PRECISION)
+    elif a.dtype == tl.bfloat16:
+        hi = cast(b, tl.bfloat16)
+        b -= hi.to(tl.float32)
+        mid = cast(b, tl.bfloat16)
+        lo = cast(b - mid.to(tl.float32), tl.bfloat16)
+        acc = _dot(a, hi, _dot(a, mid, _dot(a, lo, acc, PRECISION), PRECISION), PRECISION)
+    else:
+        zero = tl.zeros_like(acc)
+        hi = b.to(tl.float16)
+        b = (b - hi.to(tl.float32)) * 2048.0
+        mid = b.to(tl.float16)
+        lo = ((b - mid.to(tl.float32)) * 2048.0).to(tl.float16)
+        residual = _dot(a, mid, zero, PRECISION) + _dot(a, lo, zero, PRECISION) * (1 / 2048)
+        acc = _dot(a, hi, acc, PRECISION) + residual * (1 / 2048)
+    return acc
+
+
+@triton.jit
+def keep_mask(seed_ptr, threshold, row, col, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The dropout mask of the ROWS×COLS tile at (row, col), True where an element is kept. 32 divides col and COLS.
+
+    Element (row, col) owns a 16-bit word that depends on the seed and its own position alone, not on the tile, and is
+    kept if word >= threshold. One Philox call gives the words of eight columns: call 4b + t of a row has columns
+    32b + 8j + 2t + e, half e of its word j, for j < 4 and e < 2. Those are the columns that one thread holds in a
+    tensor-core accumulator, so a mask on an accumulator needs no exchange between threads.
+    """
+    rows = row + tl.arange(0, ROWS)[:, None]
+    calls = col // 8 + tl.arange(0, COLS // 8)[None, :]
+    w0, w1, w2, w3 = tl.philox(tl.load(seed_ptr), calls, rows, 0, 0, PHILOX_ROUNDS)
+    # Shifted to the top of the word, both halves compare without being extracted.
+    cutoff = threshold.to(tl.uint32) << 16
+    k0 = tl.join((w0 << 16) >= cutoff, w0 >= cutoff)
+    k1 = tl.join((w1 << 16) >= cutoff, w1 >= cutoff)
+    k2 = tl.join((w2 << 16) >= cutoff, w2 >= cutoff)
+    k3 = tl.join((w3 << 16) >= cutoff, w3 >= cutoff)
+    keep = tl.join(tl.join(k0, k1), tl.join(k2, k3))
+    keep = keep.reshape(ROWS, COLS // 32, 4, 2, 2, 2)  # row, b, t, e, j % 2, j // 2
+    return keep.permute(0, 1, 5, 4, 2, 3).reshape(ROWS, COLS)
+
+
+@triton.jit
+def keep_scale(threshold, DTYPE: tl.constexpr):
+    """1 / (1 - p) for p = threshold / 2^16."""
+    return tl.full((), 65536, DTYPE) / (65536 - threshold).to(DTYPE)
