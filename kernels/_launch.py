@@ -37,9 +37,7 @@ def recording(target: GPUTarget) -> Iterator[list[Launch]]:
         _recording.reset(token)
 
 
-def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int, **constexprs: Any
-) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int, **constexprs: Any) -> None:
     """Run `kernel` over `grid` on the device and the current stream of its first tensor; an empty grid is no launch."""
     if 0 in grid:
         return

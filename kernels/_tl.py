@@ -43,15 +43,11 @@ def tile_ptrs(ptr, rows, cols, stride_row, stride_col, UNIT: tl.constexpr, WIDE:
     UNIT divides each stride that is not the literal 1. Triton itself only tells strides that are multiples of 16
     from all others; with the hint a row length of 8·odd gets 16-byte loads too.
     """
-    return ptr + (
-        _offsets(rows, stride_row, UNIT, WIDE)[:, None] + _offsets(cols, stride_col, UNIT, WIDE)[None, :]
-    )
+    return ptr + (_offsets(rows, stride_row, UNIT, WIDE)[:, None] + _offsets(cols, stride_col, UNIT, WIDE)[None, :])
 
 
 @triton.jit
-def load_tile(
-    ptr, rows, cols, num_rows, num_cols, stride_row, stride_col, UNIT: tl.constexpr, WIDE: tl.constexpr
-):
+def load_tile(ptr, rows, cols, num_rows, num_cols, stride_row, stride_col, UNIT: tl.constexpr, WIDE: tl.constexpr):
     """The elements (rows, cols) of a matrix, zero outside of num_rows×num_cols."""
     mask = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
     return tl.load(tile_ptrs(ptr, rows, cols, stride_row, stride_col, UNIT, WIDE), mask=mask, other=0.0)

@@ -589,9 +589,7 @@ def _matmul(
     return out
 
 
-def _update(
-    out: Tensor, s: Tensor, factor: Tensor, threshold: int = 0, seed: Tensor | None = None
-) -> Tensor:
+def _update(out: Tensor, s: Tensor, factor: Tensor, threshold: int = 0, seed: Tensor | None = None) -> Tensor:
     """out + [mask / (1 - p)] ∘ (s F), in place; out (M, N) contiguous, s (M, R), F (R, N)."""
     M, (R, N) = s.shape[0], factor.shape
     block_r = _block_r(R, 64)
@@ -665,9 +663,7 @@ def lora_bwd(
 
     one_read = lora_a.shape[0] <= _ONE_READ_RANK
     if need_db or need_dbias:
-        db, dbias, ds = _factor_grad(
-            dy, s, lora_b, scaling, needs=(need_db, need_dbias, need_ds and one_read)
-        )
+        db, dbias, ds = _factor_grad(dy, s, lora_b, scaling, needs=(need_db, need_dbias, need_ds and one_read))
     if need_ds and ds is None:
         ds = _shrink(dy, lora_b, scaling)
     if need_da:

@@ -1,0 +1,32 @@
+import functools
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it when the kernels are defined: before any test imports them.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty(monkeypatch):
+    """Uninitialised floating-point memory holds NaN, so that reading it shows."""
+
+    def poisoned(make):
+        @functools.wraps(make)
+        def wrapper(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            if tensor.is_floating_point():
+                tensor.detach().fill_(float("nan"))
+            return tensor
+
+        return wrapper
+
+    for owner, name in [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]:
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
