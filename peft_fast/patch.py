@@ -63,8 +63,7 @@ class PatchReport:
         ]
         widths = [max(len(line[column]) for line in table) for column in range(4)]
         lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in table
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
         ]
         return "\n".join([f"peft_fast: {fused} of {len(self.rows)} adapter layers fused", *lines])
 
@@ -85,12 +84,8 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     if not any(type(module) in _PATCHES or type(module) in _PATCHED for _, module in layers):
         found = ", ".join(sorted({type(module).__name__ for _, module in layers})) or "none"
-        raise ValueError(
-            f"model: {type(model).__name__} has no layer to patch; adapter layers found: {found}"
-        )
-    stock = [
-        PatchRow(name, "-", "stock", reason) for name, module in layers if (reason := _why_stock(module))
-    ]
+        raise ValueError(f"model: {type(model).__name__} has no layer to patch; adapter layers found: {found}")
+    stock = [PatchRow(name, "-", "stock", reason) for name, module in layers if (reason := _why_stock(module))]
     if strict and stock:
         raise ValueError(f"model: with strict=True every layer must run fused\n{PatchReport(tuple(stock))}")
     for _, module in layers:
@@ -120,9 +115,7 @@ def report(model: nn.Module) -> PatchReport:
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             patch = _PATCHED.get(type(module)) or _PATCHES.get(type(module))
-            reason = _why_stock(module) or (
-                "" if type(module) in _PATCHED else "not patched: call peft_fast.patch"
-            )
+            reason = _why_stock(module) or ("" if type(module) in _PATCHED else "not patched: call peft_fast.patch")
             rows.append(PatchRow(name, patch.op if patch else "-", "stock" if reason else "fused", reason))
     return PatchReport(tuple(rows))
 

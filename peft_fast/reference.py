@@ -4,7 +4,6 @@ Each function computes what its op computes, from ordinary differentiable torch 
 stock peft makes them. Where an op takes a seed, its reference takes the `keep_mask` that the seed stands for.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -19,6 +19,9 @@ BACKENDS = ("auto", "triton", "eager")
 # Conservative and not measured.
 MIN_GPU_ELEMENTS = 1 << 21
 
+# Below this many elements of x, seeding a generator twice costs the CPU more than its fast dropout saves.
+MIN_CPU_DROPOUT_ELEMENTS = 1 << 15
+
 _backend = "auto"
 
 
@@ -51,6 +54,8 @@ def choose_plan(x: Tensor, backend: str) -> str:
     `split` is the default on GPUs until the `fused` plan is measured faster on the device and shape. Raises
     NotImplementedError where an explicit backend cannot serve.
     """
+    if x.is_cpu and backend != "triton":
+        return "eager"
     if backend == "eager" or (backend == "auto" and not _runs_triton(x.device)):
         return "eager"
     if backend == "triton" and not _runs_triton(x.device) and not _interprets_triton():
@@ -139,21 +144,11 @@ def fusable_lora(layer: lora.Linear, x: Tensor | None = None) -> LoraCall | str:
         dropout_p = 0.0
     else:
         return f"the dropout is {type(dropout).__name__}, not Dropout"
-    for name, module in (
-        ("base_layer", base),
-        ("lora_A", lora_a),
-        ("lora_B", lora_b),
-        ("lora_dropout", dropout),
-    ):
+    for module in (base, lora_a, lora_b, dropout):
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return f"{type(module).__name__} inside the layer has hooks"
         if "forward" in module.__dict__:
-            return f"forward is set on the instance of {name}"
-        if (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-        ):
-            return f"{name} has hooks"
+            return f"forward is set on the instance of {type(module).__name__} inside the layer"
     if _has_global_hooks():
         return "global module hooks are registered"
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
@@ -165,49 +160,58 @@ def fusable_lora(layer: lora.Linear, x: Tensor | None = None) -> LoraCall | str:
             return f"a parameter is {type(tensor).__name__}, not a plain Parameter"
     if weight.requires_grad:
         return "the base weight requires grad"
-    if type(base) is Conv1D:
-        weight = weight.t()
-    if weight.shape != (b.shape[0], a.shape[1]) or a.shape[0] != b.shape[1]:
-        return "a parameter is not whole (sharded?)"
     if dropout_p >= 1.0:
         return "dropout drops everything"
-    return _misfit(layer, x, weight, a, b) or (weight, a, b, bias, layer.scaling[active], dropout_p)
-
-
-def _misfit(layer: lora.Linear, x: Tensor | None, weight: Tensor, a: Tensor, b: Tensor) -> str | None:
-    """Why x and the parameters do not go together in the op, None where they do."""
-    device, factor_dtype = weight.device, a.dtype
-    if a.device != device or b.device != device or device.type == "meta":
-        return f"base layer and adapter are on {device} and {a.device}"
-    if device.type != "cpu" and (_backend == "eager" or not _runs_triton(device)):
-        return f"no Triton kernels for {device}"
-    dtype = weight.dtype if x is None else x.dtype
-    if b.dtype != factor_dtype or dtype not in FLOATING or factor_dtype not in FLOATING:
+    dtype, factor_dtype = weight.dtype, a.dtype
+    if b.dtype is not factor_dtype or dtype not in FLOATING or factor_dtype not in FLOATING:
         return f"the dtypes {dtype}, {factor_dtype} and {b.dtype} are not fused"
-    if x is None:
-        return None
+    if weight.is_cpu:
+        if not (a.is_cpu and b.is_cpu):
+            return "base layer and adapter are on different devices"
+    elif reason := _why_not_on_device(weight, a, b):
+        return reason
+    if type(base) is Conv1D:
+        weight = weight.t()
+    if x is not None and (reason := _why_not_input(layer, x, weight, factor_dtype, dropout_p)):
+        return reason
+    return weight, a, b, bias, layer.scaling[active], dropout_p
+
+
+def _why_not_on_device(weight: Tensor, a: Tensor, b: Tensor) -> str | None:
+    device = weight.device
+    if a.device != device or b.device != device:
+        return "base layer and adapter are on different devices"
+    if _backend == "eager" or not _runs_triton(device):
+        return f"no Triton kernels for {device}"
+    return None
+
+
+def _why_not_input(
+    layer: lora.Linear, x: Tensor, weight: Tensor, factor_dtype: torch.dtype, dropout_p: float
+) -> str | None:
     if type(x) not in PLAIN_TENSORS and not torch.compiler.is_compiling():
         return f"the input is {type(x).__name__}, not a plain Tensor"
-    if x.device != device:
-        return f"the input is on {x.device}, the layer on {device}"
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+    dtype, shape = x.dtype, x.shape
+    if dtype not in FLOATING or not shape or weight.dim() != 2 or shape[-1] != weight.shape[1]:
         return "the input does not fit the layer"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit is tracing"
-    if torch.is_autocast_enabled(device.type):
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         if torch.float64 in (dtype, weight.dtype, factor_dtype):
             return "float64 under autocast"
-    elif weight.dtype != dtype or (
-        factor_dtype != dtype and (factor_dtype != torch.float32 or dtype == torch.float64)
-    ):
-        return f"the dtypes {dtype}, {weight.dtype} and {factor_dtype} are not fused"
-    elif factor_dtype != dtype and not layer.cast_input_dtype_enabled:
-        return "casting of the input is switched off"
-    if (
-        device.type != "cpu"
-        and x.numel() // x.shape[-1] * max(weight.shape) < MIN_GPU_ELEMENTS
-        and _backend == "auto"
-    ):
+    elif weight.dtype is not dtype:
+        return f"the input is {dtype}, the base weight {weight.dtype}"
+    elif factor_dtype is not dtype:
+        if factor_dtype is not torch.float32 or dtype is torch.float64:
+            return f"the input is {dtype}, the adapter {factor_dtype}"
+        if not layer.cast_input_dtype_enabled:
+            return "casting of the input is switched off"
+    if x.is_cpu and weight.is_cpu:
+        small = dropout_p and _backend == "auto" and x.numel() < MIN_CPU_DROPOUT_ELEMENTS
+        return "too small to gain with dropout" if small else None
+    if x.device != weight.device:
+        return f"the input is on {x.device}, the layer on {weight.device}"
+    if _backend == "auto" and shape[:-1].numel() * max(weight.shape) < MIN_GPU_ELEMENTS:
         return "too small to gain on this device"
     return None
 

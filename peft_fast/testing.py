@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 
-def assert_within_budget(
-    actual: Tensor, truth: Tensor, eager: Tensor, *, length: int, name: str = "result"
-) -> None:
+def assert_within_budget(actual: Tensor, truth: Tensor, eager: Tensor, *, length: int, name: str = "result") -> None:
     """Hold `actual` to the error budget that eager torch's own error sets.
 
     Args:
@@ -23,8 +21,7 @@ def assert_within_budget(
     float64: max|y - y64| <= 4 eps sqrt(L) max|y64|. The result must be finite, of eager's shape and dtype.
     """
     assert actual.shape == eager.shape == truth.shape, (
-        f"{name}: shape {tuple(actual.shape)}, eager's is {tuple(eager.shape)}, "
-        f"the truth's {tuple(truth.shape)}"
+        f"{name}: shape {tuple(actual.shape)}, eager's is {tuple(eager.shape)}, the truth's {tuple(truth.shape)}"
     )
     assert actual.dtype == eager.dtype, f"{name}: dtype {actual.dtype}, eager's is {eager.dtype}"
     if actual.numel() == 0:
@@ -37,9 +34,7 @@ def assert_within_budget(
         budget = 4 * eps * math.sqrt(length) * scale
     else:
         budget = 2 * ((eager.double() - truth).abs().max().item() + eps * scale)
-    assert error <= budget, (
-        f"{name}: error {error:.3e} exceeds the budget {budget:.3e} (largest value {scale:.3e})"
-    )
+    assert error <= budget, f"{name}: error {error:.3e} exceeds the budget {budget:.3e} (largest value {scale:.3e})"
 
 
 @dataclass

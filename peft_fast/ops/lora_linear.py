@@ -1,6 +1,5 @@
 """The LoRA linear op: validate, schema, launch, fake, autograd, public function."""
 
-import contextlib
 import importlib
 from typing import Any
 
@@ -25,9 +24,7 @@ def _validate(
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
     if x.dim() == 0 or any(tensor.dim() != 2 for tensor in (weight, lora_a, lora_b)):
-        raise ValueError(
-            f"lora_linear: expected x (..., K), weight (N, K), lora_a (R, K), lora_b (N, R), got {shapes}"
-        )
+        raise ValueError(f"lora_linear: expected x (..., K), weight (N, K), lora_a (R, K), lora_b (N, R), got {shapes}")
     (N, K), R = weight.shape, lora_a.shape[0]
     expected = {"x": (*x.shape[:-1], K), "lora_a": (R, K), "lora_b": (N, R), "bias": (N,)}
     for name, shape in expected.items():
@@ -39,9 +36,7 @@ def _validate(
         if tensor.dtype not in support.FLOATING:
             raise ValueError(f"lora_linear: {name} has dtype {tensor.dtype}, expected a floating-point one")
         if tensor.device != x.device:
-            raise ValueError(
-                f"lora_linear: x is on {x.device} and {name} on {tensor.device}; move them together"
-            )
+            raise ValueError(f"lora_linear: x is on {x.device} and {name} on {tensor.device}; move them together")
     if not torch.is_autocast_enabled(x.device.type):
         if any(tensor.dtype != x.dtype for name, tensor in tensors.items() if name in ("weight", "bias")):
             raise ValueError(_dtypes("weight and bias must have x's dtype", tensors))
@@ -50,9 +45,7 @@ def _validate(
         if x.dtype == torch.float64 != lora_a.dtype:
             raise ValueError(_dtypes("float64 x needs float64 factors", tensors))
     if weight.requires_grad:
-        raise ValueError(
-            "lora_linear: weight requires grad, but the op keeps it frozen; pass weight.detach()"
-        )
+        raise ValueError("lora_linear: weight requires grad, but the op keeps it frozen; pass weight.detach()")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"lora_linear: dropout_p must lie in [0, 1), got {dropout_p}")
     if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device):
@@ -172,44 +165,42 @@ class _LoraLinear(torch.autograd.Function):
     """Saves x, the caller's own tensor, s (M, R), the seed and the parameters."""
 
     @staticmethod
-    def forward(ctx, x, weight, lora_a, lora_b, bias, scaling, threshold, seed, backend):
-        plan = support.choose_plan(x, backend)
-        traced = not support.runs_plainly(x)
-        y, s = _launch_fwd(
-            x.reshape(-1, x.shape[-1]), weight, lora_a, lora_b, bias, scaling, threshold, seed, plan, traced
-        )
+    def forward(ctx, x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan, traced):
+        shape = x.shape
+        rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+        y, s = _launch_fwd(rows, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan, traced)
         _, _, need_a, need_b, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if need_a else None, weight, lora_a, lora_b, s if need_b else None, seed)
-        ctx.x_shape, ctx.scaling, ctx.threshold, ctx.plan = x.shape, scaling, threshold, plan
+        ctx.x_shape, ctx.scaling, ctx.threshold, ctx.plan = shape, scaling, threshold, plan
         # Not a view in autograd's eyes: the caller may change y in place.
-        return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
+        return y if len(shape) == 2 else torch.ops.aten._unsafe_view.default(y, (*shape[:-1], y.shape[1]))
 
     @staticmethod
     def backward(ctx, dy):
         need_x, _, need_a, need_b, need_bias, *_ = ctx.needs_input_grad
         needs = (need_x, need_a, need_b, need_bias)
         x, weight, lora_a, lora_b, s, seed = _saved_tensors(ctx)
-        with _no_autocast(dy.device.type):
-            if torch.is_grad_enabled():  # create_graph=True
-                dx, da, db, dbias = _differentiable_bwd(ctx, dy, x, weight, lora_a, lora_b, seed, needs)
-            else:
-                M, K = dy.shape[:-1].numel(), weight.shape[1]
-                dx, da, db, dbias = _launch_bwd(
-                    dy.reshape(M, -1) if dy.dim() != 2 else dy,
-                    x if x is None else x.reshape(M, K),
-                    weight,
-                    lora_a,
-                    lora_b,
-                    s,
-                    ctx.scaling,
-                    ctx.threshold,
-                    seed,
-                    needs,
-                    ctx.plan,
-                    traced=not support.runs_plainly(dy),
-                )
-                dx = dx if dx is None else dx.view(ctx.x_shape)
-        return dx, None, da, db, dbias, None, None, None, None
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(
+            dy.device.type
+        ):  # backward called inside an autocast region
+            with torch.autocast(dy.device.type, enabled=False):
+                dx, da, db, dbias = _backward(ctx, dy, x, weight, lora_a, lora_b, s, seed, needs)
+        else:
+            dx, da, db, dbias = _backward(ctx, dy, x, weight, lora_a, lora_b, s, seed, needs)
+        return dx, None, da, db, dbias, None, None, None, None, None
+
+
+def _backward(ctx, dy, x, weight, lora_a, lora_b, s, seed, needs):
+    if torch.is_grad_enabled():  # create_graph=True
+        return _differentiable_bwd(ctx, dy, x, weight, lora_a, lora_b, seed, needs)
+    shape, traced = ctx.x_shape, not support.runs_plainly(dy)
+    if len(shape) != 2:
+        dy = dy.reshape(-1, dy.shape[-1])
+        x = x if x is None else x.reshape(-1, shape[-1])
+    dx, *others = _launch_bwd(
+        dy, x, weight, lora_a, lora_b, s, ctx.scaling, ctx.threshold, seed, needs, ctx.plan, traced
+    )
+    return dx if dx is None or len(shape) == 2 else dx.view(shape), *others
 
 
 def _saved_tensors(ctx):
@@ -263,23 +254,16 @@ def _triton_dropout_mask(seed, shape, threshold):
     return importlib.import_module("peft_fast.kernels.dropout").dropout_mask(seed, shape, threshold)
 
 
-def _no_autocast(device_type: str):
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
-
-
 @torch.library.impl(_LIBRARY, "lora_linear", "Autograd")
 def _lora_linear_autograd(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, backend):
-    return _LoraLinear.apply(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, backend)
+    plan = support.choose_plan(x, backend)
+    return _LoraLinear.apply(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan, True)
 
 
 @torch.library.impl(_LIBRARY, "lora_linear", "CompositeExplicitAutograd")
 def _lora_linear_inference(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, backend):
     plan = support.choose_plan(x, backend)
-    y, _ = _launch_fwd(
-        x.reshape(-1, x.shape[-1]), weight, lora_a, lora_b, bias, scaling, threshold, seed, plan
-    )
+    y, _ = _launch_fwd(x.reshape(-1, x.shape[-1]), weight, lora_a, lora_b, bias, scaling, threshold, seed, plan)
     return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
 
 
@@ -333,7 +317,7 @@ def apply_lora_linear(
     seed: Tensor | None = None,
 ) -> Tensor:
     """`lora_linear` for arguments that are known to fit: what patched layers call."""
-    if torch.is_autocast_enabled(x.device.type):
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, lora_a, lora_b = (tensor.to(dtype) for tensor in (x, weight, lora_a, lora_b))
         bias = bias if bias is None else bias.to(dtype)
@@ -344,7 +328,8 @@ def apply_lora_linear(
         seed = eager.draw_seed(x.device)
     backend = support.current_backend()
     if support.runs_plainly(x):
-        return _LoraLinear.apply(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, backend)
+        plan = support.choose_plan(x, backend)
+        return _LoraLinear.apply(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan, False)
     if not torch.compiler.is_compiling() and support.in_functorch():
         plan = support.choose_plan(x, backend)
         return _differentiable(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan)
