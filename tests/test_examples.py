@@ -1,0 +1,119 @@
+"""The demo's reading, cleaning and splitting of data, on small made files; the training itself is `make demo`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+@pytest.fixture
+def assets(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import _assets
+
+    return _assets
+
+
+ROWS = [('A fine film, "really".', "good"), ("Dull,\tlong", "bad"), ("Ça va", "good")]
+
+
+def _write(path: Path) -> Path:
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps({"text": t, "label": y}) for t, y in ROWS) + "\n\n", encoding="utf-8")
+    else:
+        delimiter = {".csv": ",", ".tsv": "\t"}[path.suffix]
+        quoted = ['"{}"{}{}'.format(t.replace('"', '""'), delimiter, y) for t, y in ROWS]
+        path.write_text("\n".join([f"text{delimiter}label", *quoted]) + "\n", encoding="utf-8-sig")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["tsv", "csv", "jsonl"])
+def test_read_rows(assets, tmp_path, kind):
+    assert assets.read_rows(_write(tmp_path / f"data.{kind}"), "text", "label") == ROWS
+
+
+@pytest.mark.parametrize("kind", ["tsv", "csv", "jsonl"])
+def test_missing_column_is_named(assets, tmp_path, kind):
+    with pytest.raises(assets.AssetError, match=r"row 1 has no column 'stars', only \['label', 'text'\]"):
+        assets.read_rows(_write(tmp_path / f"data.{kind}"), "text", "stars")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.csv", None, "there is no data file"),
+        ("data.txt", "text,label\n", r"ends in \.tsv, \.csv or \.jsonl"),
+        ("data.jsonl", '{"text": "a", "label": 1}\n{', "line 2 is not JSON"),
+        ("data.jsonl", "[1]", "line 1 is not a JSON object"),
+        ("data.csv", "text,label\nshort", "row 1 has no column 'label'"),
+    ],
+    ids=["missing", "unknown kind", "broken json", "json list", "short row"],
+)
+def test_unusable_file(assets, tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(assets.AssetError, match=message):
+        assets.read_rows(tmp_path / name, "text", "label")
+
+
+def test_numbers_become_labels(assets, tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"text": "a", "label": 0}\n{"text": "b", "label": 1}')
+    assert assets.read_rows(tmp_path / "data.jsonl", "text", "label") == [("a", "0"), ("b", "1")]
+
+
+def test_ratings_near_zero_are_dropped(assets):
+    lines = ["1\t2.5\tGood.\r\n", "2\t-0.9\tSo so.\r\n", "3\t-1\tBad.\r\n", "4\t1.0\tNot bad.\r\n"]
+    assert list(assets.parse_ratings(lines)) == [
+        ("Good.", "positive"),
+        ("Bad.", "negative"),
+        ("Not bad.", "positive"),
+    ]
+
+
+def test_clean_keeps_the_first_of_each_text(assets):
+    rows = [("Good  film", "good"), ("", "bad"), ("good film", "bad"), ("GOOD FILM\n", "bad"), ("Bad", "bad")]
+    assert assets.clean(rows) == [("Good film", "good"), ("Bad", "bad")]
+
+
+def test_no_held_out_text_is_trained_on(assets):
+    # Every text comes three times, in another case each: split first and most would be on both sides.
+    rows = [(form(f"Text number {i}"), "ab"[i % 2]) for i in range(40) for form in (str, str.upper, str.lower)]
+    train, held_out = assets.split(rows, 10, seed=0)
+    texts = [text.lower() for text, _ in train + held_out]
+    assert (len(train), len(held_out), len(set(texts))) == (30, 10, 40)
+    assert assets.split(rows, 10, seed=0) == (train, held_out)
+    assert assets.split(rows, 10, seed=1) != (train, held_out)
+
+
+def test_one_label_only(assets):
+    with pytest.raises(assets.AssetError, match=r"at least two labels, the data have \['good'\]"):
+        assets.split([("a", "good"), ("b", "good")], 1, seed=0)
+
+
+@pytest.mark.parametrize("held_out", [0, 2, 3])
+def test_nothing_left_to_train_or_hold_out(assets, held_out):
+    with pytest.raises(assets.AssetError, match=f"cannot hold out {held_out} of 2 different texts"):
+        assets.split([("a", "good"), ("b", "bad"), ("B", "bad")], held_out, seed=0)
+
+
+def _demo(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(EXAMPLES / "sentiment.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+
+
+def test_help_explains_every_option():
+    run = _demo("--help")
+    assert (run.returncode, run.stderr) == (0, "")
+    for option in ("model", "data", "method", "rank", "alpha", "dropout", "lr", "batch-size", "epochs"):
+        assert f"--{option} " in run.stdout
+
+
+def test_errors_are_one_line(tmp_path):
+    run = _demo("--data", str(tmp_path / "none.csv"))
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr == f"error: there is no data file {tmp_path / 'none.csv'}\n"
