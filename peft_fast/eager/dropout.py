@@ -23,7 +23,7 @@ _thread = threading.local()
 
 def draw_seed(device: torch.device) -> Tensor:
     """A one-element int64 tensor from torch's generator on `device`, without a host sync."""
-    return torch.empty(1, dtype=torch.int64, device=device).random_()
+    return torch.randint(2**63 - 1, (1,), device=device)
 
 
 def dropout_mask(seed: Tensor, shape: torch.Size | tuple[int, ...], threshold: int) -> Tensor:
@@ -65,7 +65,7 @@ def _seeded_stream(seed: Tensor) -> np.random.SFC64:
 
 def _words(stream: np.random.SFC64, n: int) -> Tensor:
     """The next n int16 words of the stream; n is a multiple of 4 but for the last call."""
-    return torch.from_numpy(stream.random_raw((n + 3) // 4)).view(torch.int16)[:n]
+    return torch.from_numpy(stream.random_raw(max(1, (n + 3) // 4))).view(torch.int16)[:n]
 
 
 def _word_threshold(threshold: int) -> int:

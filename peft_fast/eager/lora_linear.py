@@ -113,7 +113,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _scaled_mm(a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
-    """scale · a b, a number as the matmul's own alpha: multiplying a tensor by one costs as much as two small matmuls."""
+    """scale · a b; a number is the matmul's alpha, since multiplying by one costs as much as two small matmuls."""
     if isinstance(scale, Tensor):
         return torch.mm(a, b).mul_(scale)
     return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scale)
@@ -123,5 +123,5 @@ def _blocks(
     seed: Tensor, shape: tuple[int, int], threshold: int, dtype: torch.dtype, traced: bool
 ) -> Iterable[tuple[slice, Tensor]]:
     if traced:
-        return [(slice(None), torch.ops.peft_fast.dropout_mask(seed, shape, threshold).to(dtype))]
+        return [(slice(None), torch.ops.peft_fast.dropout_mask(seed, shape, threshold, "eager").to(dtype))]
     return keep_blocks(seed, shape, threshold, dtype)

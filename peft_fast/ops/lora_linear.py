@@ -71,7 +71,7 @@ _LIBRARY.define(
     "lora_linear_bwd(Tensor dy, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? s, Tensor scaling, "
     "int threshold, Tensor? seed, bool[] needs, str plan) -> Tensor[]"
 )
-_LIBRARY.define("dropout_mask(Tensor seed, SymInt[] shape, int threshold) -> Tensor")
+_LIBRARY.define("dropout_mask(Tensor seed, SymInt[] shape, int threshold, str plan) -> Tensor")
 
 
 def _launch_fwd(
@@ -134,8 +134,9 @@ def _lora_linear_bwd(dy, x, weight, lora_a, lora_b, s, scaling, threshold, seed,
 
 
 @torch.library.impl(_LIBRARY, "dropout_mask", "CompositeExplicitAutograd")
-def _dropout_mask(seed, shape, threshold):
-    return eager.dropout_mask(seed, shape, threshold)
+def _dropout_mask(seed, shape, threshold, plan):
+    backend = eager if plan == "eager" else importlib.import_module("peft_fast.kernels.dropout")
+    return backend.dropout_mask(seed, shape, threshold)
 
 
 @torch.library.register_fake("peft_fast::lora_linear_fwd", lib=_LIBRARY)
@@ -157,7 +158,7 @@ def _fake_bwd(dy, x, weight, lora_a, lora_b, s, scaling, threshold, seed, needs,
 
 
 @torch.library.register_fake("peft_fast::dropout_mask", lib=_LIBRARY)
-def _fake_mask(seed, shape, threshold):
+def _fake_mask(seed, shape, threshold, plan):
     return seed.new_empty(shape, dtype=torch.bool)
 
 
@@ -236,8 +237,8 @@ def _differentiable(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, p
     """The reference with the mask of `plan`: right under every transform of torch, fast under none."""
     keep_mask = None
     if threshold:
-        make_mask = eager.dropout_mask if plan == "eager" else _triton_dropout_mask
-        keep_mask = make_mask(seed, (x.shape[:-1].numel(), x.shape[-1]), threshold).view(x.shape)
+        rows = (x.shape[:-1].numel(), x.shape[-1])
+        keep_mask = torch.ops.peft_fast.dropout_mask(seed, rows, threshold, plan).view(x.shape)
     return reference.lora_linear(
         x,
         weight,
@@ -248,10 +249,6 @@ def _differentiable(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, p
         dropout_p=threshold / reference.DROPOUT_LEVELS,
         keep_mask=keep_mask,
     )
-
-
-def _triton_dropout_mask(seed, shape, threshold):
-    return importlib.import_module("peft_fast.kernels.dropout").dropout_mask(seed, shape, threshold)
 
 
 @torch.library.impl(_LIBRARY, "lora_linear", "Autograd")

@@ -1,0 +1,427 @@
+"""The op against its reference, on both backends, under every transform of torch that it promises to serve."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
+
+import peft_fast
+from peft_fast import eager, reference
+from peft_fast.ops import lora_linear
+from peft_fast.testing import LoraLinearInputs, assert_within_budget, lora_linear_inputs
+
+BACKENDS = ["eager", "triton"]
+NAMES = ("y", "dx", "da", "db", "dbias")
+
+
+def mask_of(backend: str, seed: torch.Tensor, shape: tuple[int, int], dropout_p: float) -> torch.Tensor | None:
+    if not dropout_p:
+        return None
+    threshold = reference.drop_threshold(dropout_p)
+    if backend == "eager":
+        return eager.dropout_mask(seed, shape, threshold)
+    from peft_fast.kernels.dropout import dropout_mask
+
+    return dropout_mask(seed, shape, threshold)
+
+
+def forward_backward(op, inputs: LoraLinearInputs, **kwargs) -> list[torch.Tensor]:
+    """y and the gradients of x, lora_a, lora_b and, where there is one, bias."""
+    leaves = [inputs.x, inputs.lora_a, inputs.lora_b] + ([] if inputs.bias is None else [inputs.bias])
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    x, lora_a, lora_b, *bias = leaves
+    y = op(x, inputs.weight, lora_a, lora_b, bias=bias[0] if bias else None, scaling=inputs.scaling, **kwargs)
+    return [y.detach(), *torch.autograd.grad(y, leaves, inputs.dy)]
+
+
+def assert_op_within_budget(inputs: LoraLinearInputs, backend: str, dropout_p: float = 0.0) -> None:
+    M, K = inputs.x.shape
+    seed = torch.tensor([29])
+    keep_mask = mask_of(backend, seed, (M, K), dropout_p)
+    with peft_fast.backend(backend):
+        actual = forward_backward(lora_linear, inputs, dropout_p=dropout_p, seed=seed)
+    expected = forward_backward(reference.lora_linear, inputs, dropout_p=dropout_p, keep_mask=keep_mask)
+    truth = forward_backward(reference.lora_linear, inputs.to(torch.float64), dropout_p=dropout_p, keep_mask=keep_mask)
+    length = max(M, K, inputs.weight.shape[0])
+    for name, *values in zip(NAMES, actual, truth, expected, strict=False):
+        assert_within_budget(*values, length=length, name=name)
+    # The low-rank term by itself, and block by block, where a wrong tile cannot hide.
+    base = (inputs.to(torch.float64).x @ inputs.weight.double().t()) if M else truth[0]
+    low_rank = [(values[0].double() - base) for values in (actual, truth, expected)]
+    for start in range(0, M, 64):
+        block = [values[start : start + 64] for values in low_rank]
+        error, budget = (block[0] - block[1]).abs().max(), (block[2] - block[1]).abs().max()
+        eps, scale = torch.finfo(inputs.x.dtype).eps, truth[0][start : start + 64].abs().max()
+        slack = 4 * math.sqrt(length) if inputs.x.dtype == torch.float64 else 2
+        assert error <= slack * (budget + eps * scale), f"rows {start}.. of the low-rank term"
+
+
+DTYPES = [
+    pytest.param(torch.float64, None, id="fp64"),
+    pytest.param(torch.float32, None, id="fp32"),
+    pytest.param(torch.bfloat16, None, id="bf16"),
+    pytest.param(torch.float16, None, id="fp16"),
+    pytest.param(torch.bfloat16, torch.float32, id="bf16-fp32"),
+    pytest.param(torch.float16, torch.float32, id="fp16-fp32"),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.05, 0.5], ids=lambda p: f"p{p}")
+@pytest.mark.parametrize(("dtype", "factor_dtype"), DTYPES)
+def test_error_budget(backend, dtype, factor_dtype, dropout_p):
+    inputs = lora_linear_inputs(131, 160, 96, 8, dtype=dtype, factor_dtype=factor_dtype)
+    inputs.x[::7] = 0  # exact zeros that are not dropped
+    assert_op_within_budget(inputs, backend, dropout_p)
+
+
+# Ranks off the powers of two, sizes off the tiles, and each kind of emptiness; the kernels have a wider grid.
+@pytest.mark.parametrize(
+    ("M", "K", "N", "R"),
+    [(0, 8, 8, 2), (1, 1, 1, 1), (17, 33, 5, 3), (300, 65, 130, 12), (64, 96, 32, 100), (9, 400, 40, 384)],
+    ids=lambda size: str(size),
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sizes(backend, M, K, N, R):
+    assert_op_within_budget(lora_linear_inputs(M, K, N, R, bias=R % 2 == 0), backend, dropout_p=0.1)
+
+
+def test_several_dropout_blocks():
+    assert_op_within_budget(lora_linear_inputs(1500, 400, 32, 4), "eager", dropout_p=0.3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_gradcheck(backend, dropout_p):
+    inputs = lora_linear_inputs(5, 6, 7, 2, dtype=torch.float64, scaling=1 / 3)
+
+    def op(x, lora_a, lora_b, bias):
+        seed = torch.tensor([5])
+        return lora_linear(x, inputs.weight, lora_a, lora_b, bias=bias, scaling=1 / 3, dropout_p=dropout_p, seed=seed)
+
+    leaves = [tensor.requires_grad_() for tensor in (inputs.x, inputs.lora_a, inputs.lora_b, inputs.bias)]
+    with peft_fast.backend(backend):
+        assert torch.autograd.gradcheck(op, leaves)
+        assert torch.autograd.gradgradcheck(op, leaves)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(12,), (4, 12), (2, 3, 12), (2, 1, 3, 12)], ids=lambda shape: f"{len(shape)}d")
+def test_leading_dimensions(backend, shape):
+    inputs = lora_linear_inputs(1, 12, 20, 4, dtype=torch.float64)
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    call = (inputs.weight, inputs.lora_a.requires_grad_(), inputs.lora_b.requires_grad_())
+    with peft_fast.backend(backend):
+        y = lora_linear(x, *call, bias=inputs.bias)
+    expected = reference.lora_linear(x, *call, bias=inputs.bias)
+    assert y.shape == (*shape[:-1], 20)
+    dy = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    leaves = (x, inputs.lora_a, inputs.lora_b)
+    actual, truth = torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy)
+    for name, value, true_value in zip(NAMES, [y, *actual], [expected, *truth], strict=False):
+        assert_within_budget(value, true_value.detach(), true_value, length=20, name=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides(backend):
+    # A transposed x, a transposed weight (Conv1D stores (K, N)) and an expanded dy, which `sum` gives.
+    inputs = lora_linear_inputs(40, 24, 36, 4, dtype=torch.float64)
+    plain = forward_backward(reference.lora_linear, inputs)
+    inputs.x = inputs.x.t().contiguous().t()
+    inputs.weight = inputs.weight.t().contiguous().t()
+    inputs.dy = torch.ones(1, 1, dtype=torch.float64).expand(40, 36)
+    with peft_fast.backend(backend):
+        actual = forward_backward(lora_linear, inputs)
+    inputs.dy = torch.ones(40, 36, dtype=torch.float64)
+    truth = forward_backward(reference.lora_linear, inputs)
+    assert torch.allclose(truth[0], plain[0])
+    for name, value, true_value in zip(NAMES, actual, truth, strict=True):
+        assert_within_budget(value, true_value, true_value, length=40, name=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "needs",
+    list(itertools.product([False, True], repeat=4)),
+    ids=lambda needs: "".join(letter if need else "-" for letter, need in zip("xabd", needs, strict=True)),
+)
+def test_only_what_is_needed_is_computed(backend, needs):
+    inputs = lora_linear_inputs(20, 12, 16, 2, dtype=torch.float64)
+    leaves = [inputs.x, inputs.lora_a, inputs.lora_b, inputs.bias]
+    for leaf, need in zip(leaves, needs, strict=True):
+        leaf.requires_grad_(need)
+    seed, dropout_p = torch.tensor([1]), 0.25
+    keep_mask = mask_of(backend, seed, (20, 12), dropout_p)
+    call = (inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b)
+    with peft_fast.backend(backend):
+        y = lora_linear(*call, bias=inputs.bias, dropout_p=dropout_p, seed=seed)
+    truth = reference.lora_linear(*call, bias=inputs.bias, dropout_p=dropout_p, keep_mask=keep_mask)
+    assert y.requires_grad == any(needs)
+    needed = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
+    if needed:
+        for value, true_value in zip(
+            torch.autograd.grad(y, needed, inputs.dy), torch.autograd.grad(truth, needed, inputs.dy), strict=True
+        ):
+            assert_within_budget(value, true_value, true_value, length=20)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dtype", "factor_dtype"), DTYPES[1:])
+def test_saved_for_backward(backend, dtype, factor_dtype):
+    """x itself, M·R fp32, the parameters and the 8-byte seed, nothing else."""
+    M, K, N, R = 128, 64, 96, 8
+    inputs = lora_linear_inputs(M, K, N, R, dtype=dtype, factor_dtype=factor_dtype)
+    known = {tensor.data_ptr() for tensor in (inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b)}
+    for tensor in (inputs.x, inputs.lora_a, inputs.lora_b):
+        tensor.requires_grad_()
+    saved = []
+    with (
+        peft_fast.backend(backend),
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor),
+    ):
+        lora_linear(inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b, bias=inputs.bias, dropout_p=0.1)
+    others = sorted(tensor.nbytes for tensor in saved if tensor.data_ptr() not in known)
+    assert known <= {tensor.data_ptr() for tensor in saved}
+    assert others == [8, 4 * M * R]
+
+
+@pytest.mark.parametrize("frozen", ["lora_a", "lora_b"])
+def test_a_frozen_factor_saves_less(frozen):
+    inputs = lora_linear_inputs(64, 32, 48, 4)
+    inputs.lora_a.requires_grad_(frozen != "lora_a")
+    inputs.lora_b.requires_grad_(frozen != "lora_b")
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        lora_linear(inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b)
+    shapes = [tuple(tensor.shape) for tensor in saved]
+    assert ((64, 32) in shapes) == (frozen != "lora_a")
+    assert ((64, 4) in shapes) == (frozen != "lora_b")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_same_inputs_same_bits(backend):
+    inputs = lora_linear_inputs(150, 64, 96, 8)
+    with peft_fast.backend(backend):
+        runs = [forward_backward(lora_linear, inputs, dropout_p=0.1, seed=torch.tensor([3])) for _ in range(2)]
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+
+
+def test_each_call_draws_its_own_mask():
+    inputs = lora_linear_inputs(32, 64, 48, 4)
+    call = (inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b)
+    torch.manual_seed(0)
+    first, second = (lora_linear(*call, dropout_p=0.5) for _ in range(2))
+    torch.manual_seed(0)
+    assert torch.equal(lora_linear(*call, dropout_p=0.5), first)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_checkpointing_recomputes_the_same_mask(backend, use_reentrant):
+    inputs = lora_linear_inputs(64, 48, 48, 4)
+    leaves = [tensor.requires_grad_() for tensor in (inputs.x, inputs.lora_a, inputs.lora_b)]
+
+    def block(x):
+        for _ in range(2):
+            x = lora_linear(x, inputs.weight, inputs.lora_a, inputs.lora_b, dropout_p=0.5)
+        return x
+
+    with peft_fast.backend(backend):
+        torch.manual_seed(4)
+        plain = torch.autograd.grad(block(inputs.x), leaves, inputs.dy)
+        torch.manual_seed(4)
+        y = checkpoint(block, inputs.x, use_reentrant=use_reentrant)
+        y.backward(inputs.dy)
+    for leaf, grad in zip(leaves, plain, strict=True):
+        assert torch.equal(leaf.grad, grad)
+
+
+def test_backward_keeps_the_backend_of_forward():
+    inputs = lora_linear_inputs(64, 64, 64, 4)
+    x = inputs.x.requires_grad_()
+    seed = torch.tensor([2])
+    with peft_fast.backend("triton"):
+        y = lora_linear(x, inputs.weight, inputs.lora_a, inputs.lora_b, dropout_p=0.5, seed=seed)
+    keep_mask = mask_of("triton", seed, (64, 64), 0.5)
+    truth = reference.lora_linear(
+        x.double(),
+        *(t.double() for t in (inputs.weight, inputs.lora_a, inputs.lora_b)),
+        dropout_p=0.5,
+        keep_mask=keep_mask,
+    )
+    (dx,), (true_dx,) = torch.autograd.grad(y, x, inputs.dy), torch.autograd.grad(truth, x, inputs.dy.double())
+    assert torch.allclose(dx, true_dx.float(), atol=1e-5)  # with eager's own mask half of the elements were off
+
+
+def test_output_may_be_changed_in_place_and_graph_kept():
+    inputs = lora_linear_inputs(6, 8, 10, 2)
+    x = inputs.x.view(2, 3, 8).requires_grad_()
+    y = lora_linear(x, inputs.weight, inputs.lora_a.requires_grad_(), inputs.lora_b)
+    y += 1
+    loss = y.sum() + (x * 2).sum()
+    first = torch.autograd.grad(loss, (x, inputs.lora_a), retain_graph=True)
+    second = torch.autograd.grad(loss, (x, inputs.lora_a), retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_input_changed_in_place_is_a_clear_error():
+    inputs = lora_linear_inputs(6, 8, 10, 2)
+    x = inputs.x.requires_grad_() * 1
+    y = lora_linear(x, inputs.weight, inputs.lora_a.requires_grad_(), inputs.lora_b)
+    x += 1
+    with pytest.raises(RuntimeError, match=r"changed in place.*peft_fast\.unpatch"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype):
+    inputs = lora_linear_inputs(64, 48, 40, 4)
+    leaves = [tensor.requires_grad_() for tensor in (inputs.x, inputs.lora_a, inputs.lora_b, inputs.bias)]
+
+    def run(op):
+        with torch.autocast("cpu", dtype=dtype):
+            y = op(inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b, bias=inputs.bias, scaling=inputs.scaling)
+        return [y, *torch.autograd.grad(y, leaves, inputs.dy.to(dtype))]
+
+    actual, expected = run(lora_linear), run(reference.lora_linear)
+    # The truth starts from the operands that autocast rounds.
+    truth = forward_backward(reference.lora_linear, inputs.to(dtype).to(torch.float64))
+    for name, *values in zip(NAMES, actual, truth, expected, strict=True):
+        assert_within_budget(*values, length=64, name=name)
+
+
+def test_backward_inside_autocast():
+    inputs = lora_linear_inputs(64, 48, 40, 4)
+    x = inputs.x.requires_grad_()
+    y = lora_linear(x, inputs.weight, inputs.lora_a, inputs.lora_b)
+    (expected,) = torch.autograd.grad(y, x, inputs.dy, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (dx,) = torch.autograd.grad(y, x, inputs.dy)
+    assert torch.equal(dx, expected)
+
+
+def schema_arguments(plan: str) -> tuple:
+    inputs = lora_linear_inputs(8, 16, 24, 4)
+    leaves = (tensor.requires_grad_() for tensor in (inputs.x, inputs.lora_a, inputs.lora_b))
+    x, lora_a, lora_b = leaves
+    return x, inputs.weight, lora_a, lora_b, inputs.bias, torch.tensor(2.0), 6554, torch.tensor([3]), plan
+
+
+def test_opcheck():
+    ops = torch.ops.peft_fast
+    torch.library.opcheck(ops.lora_linear.default, schema_arguments("eager"))
+    detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in schema_arguments("eager"))
+    torch.library.opcheck(ops.lora_linear_fwd.default, detached)
+    x, weight, lora_a, lora_b, _, scaling, threshold, seed, plan = detached
+    _, s = ops.lora_linear_fwd(*detached)
+    dy = torch.randn(8, 24)
+    needs = [True, False, True, True]
+    torch.library.opcheck(
+        ops.lora_linear_bwd.default,
+        (dy, x, weight, lora_a, lora_b, s, scaling, threshold, seed, needs, plan),
+    )
+    torch.library.opcheck(ops.dropout_mask.default, (seed, (8, 16), threshold, "eager"))
+
+
+def test_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        inputs = [mode.from_tensor(t) for t in schema_arguments("eager")[:4]]
+        y = lora_linear(*inputs, dropout_p=0.1)
+        dx, da = torch.autograd.grad(y.sum(), (inputs[0], inputs[2]))
+    assert (y.shape, dx.shape, da.shape) == ((8, 24), (8, 16), (4, 16))
+
+
+def test_make_fx_records_aten_calls_and_the_mask():
+    x, weight, lora_a, lora_b, *_ = schema_arguments("eager")
+
+    def step(x, lora_a, lora_b):
+        y = lora_linear(x, weight, lora_a, lora_b, dropout_p=0.1, seed=torch.tensor([3]))
+        return torch.autograd.grad(y.sum(), (x, lora_a, lora_b))
+
+    graph = make_fx(step)(x, lora_a, lora_b)
+    ops = {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
+    assert {"peft_fast.dropout_mask.default", "aten.mm.default"} <= ops
+    assert not any("lora_linear" in op for op in ops)
+    for traced, direct in zip(graph(x, lora_a, lora_b), step(x, lora_a, lora_b), strict=True):
+        assert torch.allclose(traced, direct, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_functorch(backend):
+    inputs = lora_linear_inputs(12, 8, 10, 2, dtype=torch.float64)
+    seed = torch.tensor([3])
+
+    def loss(lora_a, lora_b):
+        y = lora_linear(inputs.x, inputs.weight, lora_a, lora_b, dropout_p=0.5, seed=seed)
+        return (y * inputs.dy).sum()
+
+    with peft_fast.backend(backend):
+        da, db = torch.func.grad(loss, argnums=(0, 1))(inputs.lora_a, inputs.lora_b)
+        a, b = (tensor.clone().requires_grad_() for tensor in (inputs.lora_a, inputs.lora_b))
+        expected = torch.autograd.grad(loss(a, b), (a, b))
+    assert torch.allclose(da, expected[0])
+    assert torch.allclose(db, expected[1])
+
+
+def test_second_derivative_with_frozen_lora_a_is_refused():
+    inputs = lora_linear_inputs(4, 6, 5, 2)
+    y = lora_linear(inputs.x.requires_grad_(), inputs.weight, inputs.lora_a, inputs.lora_b.requires_grad_())
+    with pytest.raises(RuntimeError, match="lora_a frozen"):
+        torch.autograd.grad(y.sum(), (inputs.x, inputs.lora_b), create_graph=True)
+
+
+def bad_calls():
+    def call(**changes):
+        inputs = lora_linear_inputs(4, 6, 5, 2)
+        arguments = {"x": inputs.x, "weight": inputs.weight, "lora_a": inputs.lora_a, "lora_b": inputs.lora_b}
+        return arguments | changes
+
+    f = torch.zeros
+    yield "x-width", call(x=f(4, 7)), r"x does not fit.*x \(4, 7\).*weight \(5, 6\)"
+    yield "x-0d", call(x=f(())), r"expected x \(\.\.\., K\)"
+    yield "weight-1d", call(weight=f(5)), r"weight \(5,\)"
+    yield "lora_a-width", call(lora_a=f(2, 7)), r"lora_a does not fit.*lora_a \(2, 7\)"
+    yield "lora_b-rank", call(lora_b=f(5, 3)), r"lora_b does not fit.*lora_b \(5, 3\)"
+    yield "bias", call(bias=f(6)), r"bias does not fit: expected \(5,\).*bias \(6,\)"
+    yield "rank-0", call(lora_a=f(0, 6), lora_b=f(5, 0)), "rank 0"
+    yield "integer-x", call(x=f(4, 6, dtype=torch.int64)), "x has dtype torch.int64"
+    yield "devices", call(lora_a=f(2, 6, device="meta")), "x is on cpu and lora_a on meta"
+    yield "base-dtype", call(weight=f(5, 6, dtype=torch.bfloat16)), "weight and bias must have x's dtype"
+    yield "factor-dtypes", call(lora_a=f(2, 6, dtype=torch.bfloat16)), "lora_a and lora_b must both"
+    yield "trainable-weight", call(weight=f(5, 6).requires_grad_()), "weight requires grad"
+    yield "p", call(dropout_p=1.5), r"dropout_p must lie in \[0, 1\), got 1.5"
+    yield "p-one", call(dropout_p=1.0), "dropout_p"
+    yield "seed", call(dropout_p=0.1, seed=f(2)), r"seed must be one int64 on cpu, got \(2,\) torch.float32"
+
+
+BAD_CALLS = list(bad_calls())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [case[1:] for case in BAD_CALLS], ids=[case[0] for case in BAD_CALLS]
+)
+def test_bad_input(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        lora_linear(**arguments)
+
+
+def test_unknown_backend():
+    with (
+        pytest.raises(ValueError, match=r"backend: expected one of auto, triton, eager, got 'cuda'"),
+        peft_fast.backend("cuda"),
+    ):
+        pass
+
+
+def test_explicit_triton_never_falls_back(monkeypatch):
+    monkeypatch.setattr("peft_fast.support._interprets_triton", lambda: False)
+    monkeypatch.setattr("peft_fast.support._runs_triton", lambda device: False)
+    inputs = lora_linear_inputs(4, 6, 5, 2)
+    with peft_fast.backend("triton"), pytest.raises(NotImplementedError, match=r'backend\("triton"\) cannot serve'):
+        lora_linear(inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b)
