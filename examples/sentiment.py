@@ -11,25 +11,19 @@ the folder --out.
 """
 
 import argparse
-import json
 import math
-import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
-import matplotlib
 import torch
 import transformers
 from _assets import AssetError, Row, default_model, default_rows, read_rows, split
+from _report import Result, draw_losses, print_table, write_summary
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
-from rich.console import Console
-from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -121,7 +115,10 @@ class Task:
         self.options = options
         self.model_name = options.model or default_model()
         self.labels = sorted({label for _, label in train + held_out})
-        self.tokenizer = AutoTokenizer.from_pretrained(self.model_name)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(self.model_name)
+        except OSError as error:
+            raise AssetError(f"cannot load the model {self.model_name}: {error}") from None
         self.train = self._encode(train)
         # By length, so that a batch of evaluation carries little padding.
         self.held_out = sorted(self._encode(held_out), key=lambda row: len(row["input_ids"]))
@@ -247,23 +244,12 @@ class Watch(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
 
 
-@dataclass
-class Result:
-    """What one of the two trainings gave."""
-
-    accuracy: float = math.nan
-    seconds_per_step: float = math.nan
-    saved_activation_bytes: int = 0
-    accuracy_by_epoch: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    losses_without_dropout: list[float] = field(default_factory=list)
-
-
 def train(task: Task) -> dict[str, Result]:
     """Train both models, taking turns; evaluate after each epoch; save, load and evaluate again."""
     options = task.options
     results = {"stock": Result(), "patched": Result()}
     models = {name: task.build_model(patched=name == "patched") for name in results}
+    print(str(peft_fast.report(models["patched"])).partition("\n")[0])
     watches = {name: Watch(name) for name in results}
     trainers = {name: task.trainer(models[name], watches[name]) for name in results}
     for name, result in results.items():
@@ -336,81 +322,6 @@ def _accuracy(prediction: transformers.EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def write_summary(task: Task, results: dict[str, Result], loss_max_diff: float) -> None:
-    options = task.options
-    curves = ("losses", "losses_without_dropout")
-    summary = {
-        **{
-            name: {key: value for key, value in vars(result).items() if key not in curves}
-            for name, result in results.items()
-        },
-        "step_ratio": results["patched"].seconds_per_step / results["stock"].seconds_per_step,
-        "loss_max_diff": loss_max_diff,
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
-        "train_rows": len(task.train),
-        "device": _device(),
-        "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("peft-fast", "torch", "transformers", "peft")},
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-
-
-def draw_losses(path: Path, results: dict[str, Result], loss_max_diff: float) -> None:
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    styles = {"stock": {"color": "0.55", "lw": 3.5}, "patched": {"color": "C1", "lw": 1.5}}
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for name, result in results.items():
-        window = max(1, min(25, len(result.losses) // 4))
-        smooth = [statistics.fmean(result.losses[i : i + window]) for i in range(len(result.losses) - window + 1)]
-        left.plot(range(window, len(result.losses) + 1), smooth, label=name, **styles[name])
-        steps = range(1, len(result.losses_without_dropout) + 1)
-        right.plot(steps, result.losses_without_dropout, label=name, **styles[name])
-    left.set_title(f"Training, mean of the last {window} steps")
-    right.set_title(f"Without dropout: they differ by at most {loss_max_diff:.1e}")
-    for axes in (left, right):
-        axes.set(xlabel="step", ylabel="training loss")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
-def print_table(results: dict[str, Result], loss_max_diff: float) -> None:
-    stock, patched = results["stock"], results["patched"]
-    table = Table(title=f"PEFT as it is, and with peft_fast.patch(model), on {_device()}")
-    table.add_column()
-    for heading in ("stock", "patched", "patched / stock"):
-        table.add_column(heading, justify="right")
-    time_ratio = patched.seconds_per_step / stock.seconds_per_step
-    bytes_ratio = patched.saved_activation_bytes / stock.saved_activation_bytes
-    table.add_row("held-out accuracy", f"{stock.accuracy:.3f}", f"{patched.accuracy:.3f}", "")
-    table.add_row(
-        "median time of a step",
-        f"{1e3 * stock.seconds_per_step:.0f} ms",
-        f"{1e3 * patched.seconds_per_step:.0f} ms",
-        f"{time_ratio:.2f}",
-    )
-    table.add_row(
-        "activations saved for backward",
-        f"{stock.saved_activation_bytes / 2**20:.0f} MiB",
-        f"{patched.saved_activation_bytes / 2**20:.0f} MiB",
-        f"{bytes_ratio:.2f}",
-    )
-    table.add_row("largest difference of the loss, no dropout", "", f"{loss_max_diff:.1e}", "")
-    Console().print(table)
-
-
-def _device() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
 def main() -> None:
     options = parse_options()
     try:
@@ -419,12 +330,13 @@ def main() -> None:
         raise SystemExit(f"error: {error}") from None
     options.out.mkdir(parents=True, exist_ok=True)
     print(
-        f"{Path(task.model_name).name}: {len(task.train)} texts to train on, {len(task.held_out)} held out, "
-        f"labels {', '.join(task.labels)}"
+        f"{options.method} on {options.model or 'all-MiniLM-L6-v2'}: {len(task.train)} texts to train on, "
+        f"{len(task.held_out)} held out, labels {', '.join(task.labels)}"
     )
     results = train(task)
     loss_max_diff = compare_losses(task, results)
-    write_summary(task, results, loss_max_diff)
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    write_summary(options.out / "summary.json", results, loss_max_diff, settings)
     draw_losses(options.out / "loss.png", results, loss_max_diff)
     print_table(results, loss_max_diff)
     print(f"Written to {options.out}: summary.json, loss.png, and the two adapters.")
