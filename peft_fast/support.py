@@ -191,11 +191,11 @@ def _why_not_input(
 ) -> str | None:
     if type(x) not in PLAIN_TENSORS and not torch.compiler.is_compiling():
         return f"the input is {type(x).__name__}, not a plain Tensor"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit is tracing"
     dtype, shape = x.dtype, x.shape
     if dtype not in FLOATING or not shape or weight.dim() != 2 or shape[-1] != weight.shape[1]:
         return "the input does not fit the layer"
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit is tracing"
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         if torch.float64 in (dtype, weight.dtype, factor_dtype):
             return "float64 under autocast"

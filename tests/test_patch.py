@@ -1,0 +1,491 @@
+"""Patched models do what stock peft does, and everything else of theirs stays as it was."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from models import batch, bert, fill_lora_b, lora_model, loss_and_gradients
+from peft import LoraConfig, PeftModel
+from peft.tuners import lora
+from torch import nn
+
+import peft_fast
+from peft_fast.testing import assert_within_budget
+
+
+def assert_same_step(stock: nn.Module, patched: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
+    """Loss, logits and all gradients within the error budget that stock's own error sets."""
+    truth = loss_and_gradients(copy.deepcopy(stock).double(), inputs)
+    expected, actual = loss_and_gradients(stock, inputs), loss_and_gradients(patched, inputs)
+    assert actual.keys() == expected.keys() == truth.keys()
+    assert len(actual) > 2
+    for name in actual:
+        assert_within_budget(actual[name], truth[name], expected[name], length=128, name=name)
+
+
+def states(model: nn.Module) -> set[str]:
+    return {row.state for row in peft_fast.report(model).rows}
+
+
+def patched_copy(model: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(model)
+    peft_fast.patch(copied)
+    return copied
+
+
+def lora_layers(model: nn.Module) -> list[lora.Linear]:
+    return [module for module in model.modules() if isinstance(module, lora.Linear)]
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_same_loss_and_gradients(name):
+    # gpt2 has Conv1D layers, bert biases, llama neither.
+    stock = lora_model(name)
+    patched = patched_copy(stock)
+    assert states(patched) == {"fused"}
+    assert_same_step(stock, patched, batch(name))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"use_rslora": True}, {"lora_alpha": 3, "r": 7}, {"rank_pattern": {"query": 1}, "alpha_pattern": {"key": 5}}],
+    ids=["rslora", "odd-scaling", "patterns"],
+)
+def test_configurations_that_run_fused(config):
+    stock = lora_model(**config)
+    patched = patched_copy(stock)
+    assert states(patched) == {"fused"}
+    assert_same_step(stock, patched, batch())
+
+
+def test_fused_layers_do_call_the_op(monkeypatch):
+    calls = []
+    apply = peft_fast.ops.lora_linear
+    module = __import__("sys").modules["peft_fast.patch"]
+    apply = module.apply_lora_linear
+    monkeypatch.setattr(module, "apply_lora_linear", lambda *args: calls.append(1) or apply(*args))
+    model = patched_copy(lora_model())
+    model(**batch())
+    assert len(calls) == len(lora_layers(model)) == 12
+
+
+def test_dropout_acts_in_training_alone_and_differs_between_layers():
+    with peft_fast.backend("eager"):
+        model = patched_copy(lora_model(lora_dropout=0.5))
+        inputs = batch()
+        torch.manual_seed(3)
+        first, second = model(**inputs).logits, model(**inputs).logits
+        torch.manual_seed(3)
+        assert torch.equal(model(**inputs).logits, first)
+        assert not torch.equal(first, second)
+        model.eval()
+        stock = lora_model(lora_dropout=0.5).eval()
+        assert torch.allclose(model(**inputs).logits, stock(**inputs).logits, atol=1e-6)
+        # Two layers with the same parameters and input draw different masks.
+        layer = lora_layers(model.train())[0]
+        x = torch.randn(64, 32)
+        assert not torch.equal(layer(x), copy.deepcopy(layer)(x))
+
+
+def test_dropout_keeps_the_expectation():
+    with peft_fast.backend("eager"):
+        stock = lora_model(lora_dropout=0.3)
+        layer = lora_layers(patched_copy(stock))[0]
+        x = torch.randn(8, 32, generator=torch.Generator().manual_seed(5))
+        mean = torch.stack([layer(x) for _ in range(2000)]).mean(0)
+        layer.eval()
+        spread = (layer(x) - layer.base_layer(x)).abs().max()
+        assert (mean - layer(x)).abs().max() < 0.1 * spread
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_gradient_checkpointing(use_reentrant):
+    with peft_fast.backend("eager"):
+        model = patched_copy(lora_model(lora_dropout=0.5))
+        torch.manual_seed(6)
+        plain = loss_and_gradients(model, batch())
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        torch.manual_seed(6)
+        checkpointed = loss_and_gradients(model, batch())
+    for name, value in plain.items():
+        assert torch.equal(checkpointed[name], value), name
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+def test_fp32_adapters_over_a_bf16_base(autocast):
+    stock = lora_model("llama", dtype=torch.bfloat16)
+    assert {p.dtype for p in stock.parameters() if p.requires_grad} == {torch.float32}
+    patched = patched_copy(stock)
+    inputs = batch("llama")
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        if not autocast:
+            assert_same_step(stock, patched, inputs)
+        expected, actual = loss_and_gradients(stock, inputs), loss_and_gradients(patched, inputs)
+    assert {name: value.dtype for name, value in actual.items()} == {n: v.dtype for n, v in expected.items()}
+    assert torch.allclose(actual["loss"], expected["loss"], rtol=2e-2)
+
+
+def test_fp16_autocast_with_a_grad_scaler():
+    losses = {}
+    for name, model in (("stock", lora_model()), ("patched", patched_copy(lora_model()))):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        losses[name] = []
+        for _ in range(4):
+            with torch.autocast("cpu", dtype=torch.float16):
+                loss = model(**batch()).loss
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            losses[name].append(loss.item())
+    assert losses["patched"] == pytest.approx(losses["stock"], rel=5e-3)
+    assert losses["patched"][-1] < losses["patched"][0]
+
+
+def test_trainable_bias_and_saved_modules_get_the_gradients_of_stock():
+    # Not the keys: the gradient of their bias is zero but for rounding.
+    targets = r".*encoder.*(query|value|dense)"
+    config = {"bias": "lora_only", "modules_to_save": ["classifier"], "target_modules": targets}
+    stock = lora_model(**config)
+    patched = patched_copy(stock)
+    assert states(patched) == {"fused"}
+    assert_same_step(stock, patched, batch())
+
+
+def test_frozen_lora_a():
+    stock = lora_model()
+    for layer in lora_layers(stock):
+        layer.lora_A["default"].weight.requires_grad_(False)
+    assert_same_step(stock, patched_copy(stock), batch())
+
+
+def test_create_graph():
+    stock = lora_model()
+    patched = patched_copy(stock)
+    results = []
+    for model in (stock, patched):
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the only one with second derivatives
+            grads = torch.autograd.grad(model(**batch()).loss, parameters, create_graph=True)
+        penalty = sum(grad.square().sum() for grad in grads)
+        results.append(torch.autograd.grad(penalty, parameters))
+    for expected, actual in zip(*results, strict=True):
+        assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item() + 1e-9)
+
+
+def test_fake_tensor_mode():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model = patched_copy(lora_model())
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        inputs = {name: mode.from_tensor(value) for name, value in batch().items()}
+        assert model(**inputs).logits.shape == (4, 2)
+
+
+class TestStockRuns:
+    """Every call that cannot be fused runs stock peft, exactly, and the report says why."""
+
+    def check(self, change, reason: str, config: dict | None = None) -> None:
+        stock = lora_model(**(config or {}))
+        patched = patched_copy(stock)
+        change(stock)
+        change(patched)
+        rows = peft_fast.report(patched).rows
+        assert any(reason in row.reason for row in rows if row.state == "stock"), peft_fast.report(patched)
+        expected, actual = loss_and_gradients(stock, batch()), loss_and_gradients(patched, batch())
+        fused = any(row.state == "fused" for row in rows)
+        for name, value in expected.items():
+            same = torch.allclose(actual[name], value, atol=1e-6) if fused else torch.equal(actual[name], value)
+            assert same, name
+
+    def test_disabled(self):
+        model = patched_copy(lora_model())
+        with model.disable_adapter():
+            assert all("disabled" in row.reason for row in peft_fast.report(model).rows)
+            logits = model(**batch()).logits
+        assert torch.equal(logits, model.unload()(**batch()).logits)
+
+    def test_merged(self):
+        stock = lora_model()
+        patched = patched_copy(stock)
+        for model in (stock, patched):
+            model.merge_adapter()
+        assert {row.reason for row in peft_fast.report(patched).rows} == {"adapters are merged"}
+        assert torch.equal(patched(**batch()).logits, stock(**batch()).logits)
+
+    def test_unmerged_runs_fused_again(self):
+        model = patched_copy(lora_model())
+        before = model(**batch()).logits
+        model.merge_adapter()
+        assert torch.allclose(model(**batch()).logits, before, atol=1e-5)
+        model.unmerge_adapter()
+        assert states(model) == {"fused"}
+        assert torch.allclose(model(**batch()).logits, before, atol=1e-5)
+
+    def test_two_active_adapters(self):
+        def add(model):
+            torch.manual_seed(8)
+            model.add_adapter("second", LoraConfig(r=2, target_modules=["query"]))
+            fill_lora_b(model)
+            model.base_model.set_adapter(["default", "second"])
+
+        self.check(add, "2 adapters are active")
+
+    def test_mixed_batch(self):
+        stock = lora_model()
+        stock.add_adapter("second", LoraConfig(r=2, target_modules=["query"]))
+        fill_lora_b(stock).eval()
+        patched = patched_copy(stock)
+        names = ["default", "second", "__base__", "default"]
+        inputs = batch()
+        assert torch.equal(patched(**inputs, adapter_names=names).logits, stock(**inputs, adapter_names=names).logits)
+
+    @pytest.mark.parametrize("variant", [{"use_dora": True}, {"lora_bias": True}], ids=["dora", "lora_bias"])
+    def test_variants(self, variant):
+        reason = "DoraLinearVariant" if "use_dora" in variant else "lora_bias"
+        self.check(lambda model: None, reason, variant)
+
+    @pytest.mark.parametrize("where", ["base_layer", "lora_A", "lora_B", "lora_dropout"])
+    @pytest.mark.parametrize(
+        "kind", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+    )
+    def test_hooks_inside_the_layer_fire(self, where, kind):
+        fired = []
+
+        def add(model):
+            module = lora_layers(model)[-1]._modules[where]
+            module = module if where == "base_layer" else module["default"]
+            getattr(module, kind)(lambda *args: fired.append(model) and None)
+
+        self.check(add, "has hooks")
+        assert len(set(map(id, fired))) == 2  # in the stock model and in the patched one
+
+    def test_hooks_on_the_layer_itself_keep_it_fused(self):
+        stock = lora_model()
+        patched = patched_copy(stock)
+        for model in (stock, patched):
+            lora_layers(model)[0].register_forward_hook(lambda module, args, output: output + 1)
+        assert states(patched) == {"fused"}
+        assert_same_step(stock, patched, batch())
+
+    def test_global_hooks(self):
+        patched, fired = patched_copy(lora_model()), []
+        handle = nn.modules.module.register_module_forward_hook(lambda module, *args: fired.append(type(module)))
+        try:
+            assert "global module hooks" in peft_fast.report(patched).rows[0].reason
+            patched(**batch())
+        finally:
+            handle.remove()
+        assert fired.count(nn.Linear) >= 3 * len(lora_layers(patched))
+
+    @pytest.mark.parametrize("where", ["layer", "base_layer"])
+    def test_forward_set_on_the_instance(self, where):
+        from accelerate.hooks import ModelHook, add_hook_to_module
+
+        calls = []
+
+        class Counting(ModelHook):
+            def pre_forward(self, module, *args, **kwargs):
+                calls.append(module)
+                return args, kwargs
+
+        def hook(model):
+            layer = lora_layers(model)[0]
+            add_hook_to_module(layer if where == "layer" else layer.base_layer, Counting())
+
+        stock, patched = lora_model(), lora_model()
+        hook(stock)
+        hook(patched)
+        peft_fast.patch(patched)
+        assert any("forward is set on the instance" in row.reason for row in peft_fast.report(patched).rows)
+        assert_equal_logits(stock, patched)
+        assert len(calls) >= 2
+
+    def test_parametrization(self):
+        def parametrize(model):
+            nn.utils.parametrizations.weight_norm(lora_layers(model)[0].lora_A["default"])
+
+        self.check(parametrize, "not Linear")
+
+    def test_subclassed_base_layer(self):
+        class Doubling(nn.Linear):
+            def forward(self, x):
+                return 2 * super().forward(x)
+
+        stock, patched = lora_model(), lora_model()
+        for model in (stock, patched):
+            lora_layers(model)[0].base_layer.__class__ = Doubling
+        peft_fast.patch(patched)
+        assert "base layer is Doubling" in peft_fast.report(patched).rows[0].reason
+        assert_equal_logits(stock, patched)
+
+    def test_tensor_subclass_parameter(self):
+        class Wrapped(nn.Parameter):
+            pass
+
+        patched = patched_copy(lora_model())
+        layer = lora_layers(patched)[0]
+        layer.base_layer.weight = Wrapped(layer.base_layer.weight.data, requires_grad=False)
+        assert "Wrapped, not a plain Parameter" in peft_fast.report(patched).rows[0].reason
+
+    def test_trainable_base_weight(self):
+        def train_base(model):
+            for layer in lora_layers(model):
+                layer.base_layer.weight.requires_grad_(True)
+
+        self.check(train_base, "base weight requires grad")
+
+    def test_other_dtype_of_the_adapter(self):
+        def to_bf16(model):
+            layer = lora_layers(model)[0]
+            layer.lora_A["default"].bfloat16()
+
+        patched = patched_copy(lora_model())
+        to_bf16(patched)
+        assert "dtypes" in peft_fast.report(patched).rows[0].reason
+
+    def test_sharded_parameter(self):
+        patched = patched_copy(lora_model())
+        layer = lora_layers(patched)[0]
+        whole = layer.base_layer.weight.data
+        layer.base_layer.weight.data = torch.empty(0)  # what ZeRO-3 leaves in place of a partitioned weight
+        with pytest.raises(RuntimeError):  # stock's own error, never a wrong answer
+            patched(**batch())
+        layer.base_layer.weight.data = whole
+        patched(**batch())
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated:DeprecationWarning")
+    def test_jit_trace(self):
+        model = patched_copy(lora_model())
+        layer, x = lora_layers(model)[0].eval(), torch.randn(3, 32)
+        graph = torch.jit.trace(layer, x, check_trace=False)
+        assert torch.allclose(graph(x), layer(x), atol=1e-6)
+
+
+def assert_equal_logits(stock: nn.Module, patched: nn.Module) -> None:
+    assert torch.allclose(patched(**batch()).logits, stock(**batch()).logits, atol=1e-6)
+
+
+class TestAdaptersAfterPatching:
+    def test_set_adapter(self):
+        stock, patched = lora_model(), patched_copy(lora_model())
+        for model in (stock, patched):
+            torch.manual_seed(8)
+            model.add_adapter("second", LoraConfig(r=2, lora_alpha=1, target_modules=r".*encoder.*(query|dense)"))
+            fill_lora_b(model)
+            model.set_adapter("second")
+        assert_same_step(stock, patched, batch())
+        reasons = {row.name: row.reason for row in peft_fast.report(patched).rows}
+        assert any(reason == "0 adapters are active" for name, reason in reasons.items() if name.endswith("key"))
+        assert all(not reason for name, reason in reasons.items() if name.endswith("query"))
+
+    def test_layers_of_an_added_adapter_say_that_they_are_not_patched(self):
+        model = lora_model(target_modules=["query"])
+        peft_fast.patch(model)
+        model.add_adapter("second", LoraConfig(r=2, target_modules=["value"]))
+        model.set_adapter("second")
+        reasons = {row.name: row.reason for row in peft_fast.report(model).rows}
+        assert all("not patched" in reason for name, reason in reasons.items() if name.endswith("value"))
+        peft_fast.patch(model)
+        reasons = {row.name: row.reason for row in peft_fast.report(model).rows}
+        assert not any("not patched" in reason for reason in reasons.values())
+
+    def test_scale_layer(self):
+        stock, patched = lora_model(), patched_copy(lora_model())
+        for model in (stock, patched):
+            for layer in lora_layers(model):
+                layer.scale_layer(0.3)
+        assert_same_step(stock, patched, batch())
+
+
+class TestNothingElseChanges:
+    def test_state_classes_and_print(self):
+        stock = lora_model()
+        patched = patched_copy(stock)
+        assert list(patched.state_dict()) == list(stock.state_dict())
+        assert [name for name, _ in patched.named_modules()] == [name for name, _ in stock.named_modules()]
+        assert len(lora_layers(patched)) == len(lora_layers(stock))
+        assert repr(patched) == repr(stock)
+
+    def test_unpatch_is_exact(self):
+        model = lora_model()
+        classes = [type(module) for module in model.modules()]
+        instances = [dict(module.__dict__) for module in lora_layers(model)]
+        peft_fast.patch(model)
+        peft_fast.unpatch(model)
+        assert [type(module) for module in model.modules()] == classes
+        assert all(
+            module.__dict__.keys() == before.keys() and all(module.__dict__[k] is before[k] for k in before)
+            for module, before in zip(lora_layers(model), instances, strict=True)
+        )
+
+    def test_save_and_load_into_a_stock_model(self, tmp_path):
+        patched = patched_copy(lora_model(modules_to_save=["classifier"]))
+        patched.save_pretrained(tmp_path)
+        torch.manual_seed(0)
+        stock = PeftModel.from_pretrained(bert(), tmp_path)
+        assert {type(layer) for layer in lora_layers(stock)} == {lora.Linear}
+        assert torch.allclose(stock.eval()(**batch()).logits, patched.eval()(**batch()).logits, atol=1e-6)
+
+    def test_merge_and_unload(self):
+        stock = lora_model()
+        merged = patched_copy(stock).merge_and_unload()
+        assert not lora_layers(merged)
+        expected = stock.merge_and_unload()
+        assert all(torch.equal(a, b) for a, b in zip(merged.parameters(), expected.parameters(), strict=True))
+
+    @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+    def test_copies_stay_patched(self, how):
+        model = patched_copy(lora_model())
+        if how == "deepcopy":
+            copied = copy.deepcopy(model)
+        elif how == "pickle":
+            copied = pickle.loads(pickle.dumps(model))
+        else:
+            buffer = io.BytesIO()
+            torch.save(model, buffer)
+            buffer.seek(0)
+            copied = torch.load(buffer, weights_only=False)
+        assert states(copied) == {"fused"}
+        assert torch.equal(copied(**batch()).logits, model(**batch()).logits)
+
+
+class TestReport:
+    def test_patch_twice_is_patch_once(self):
+        model = lora_model()
+        assert peft_fast.patch(model) == peft_fast.patch(model)
+
+    def test_before_patching(self):
+        rows = peft_fast.report(lora_model()).rows
+        assert {(row.op, row.state, row.reason) for row in rows} == {
+            ("lora_linear", "stock", "not patched: call peft_fast.patch")
+        }
+
+    def test_table(self):
+        lines = str(peft_fast.patch(lora_model(lora_bias=True))).splitlines()
+        assert lines[0] == "peft_fast: 0 of 12 adapter layers fused"
+        assert lines[1].split() == ["module", "op", "runs", "reason"]
+        assert lines[2].endswith("lora_linear  stock  lora_bias is not fused")
+
+    def test_layers_without_an_op_are_named(self):
+        model = lora_model(target_modules=["query", "word_embeddings"])
+        rows = peft_fast.patch(model).rows
+        assert "no fused op for peft.tuners.lora.layer.Embedding" in {row.reason for row in rows}
+
+    def test_nothing_to_patch(self):
+        with pytest.raises(ValueError, match=r"BertForSequenceClassification has no layer to patch.*none"):
+            peft_fast.patch(bert())
+        with pytest.raises(ValueError, match="no layer of BertForSequenceClassification is patched"):
+            peft_fast.unpatch(bert())
+
+    def test_strict_leaves_the_model_untouched(self):
+        model = lora_model(use_dora=True)
+        with pytest.raises(ValueError, match=r"strict=True.*[\s\S]*DoraLinearVariant"):
+            peft_fast.patch(model, strict=True)
+        assert {type(layer) for layer in lora_layers(model)} == {lora.Linear}
+        peft_fast.patch(lora_model(), strict=True)
