@@ -25,25 +25,27 @@ def bert(layers: int = 2) -> nn.Module:
         max_position_embeddings=32,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
+        problem_type="single_label_classification",
     )
     return BertForSequenceClassification(config)
 
 
 def gpt2() -> nn.Module:
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCABULARY,
-            n_embd=32,
-            n_layer=2,
-            n_head=4,
-            n_positions=32,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=0,
-            eos_token_id=1,
-        )
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=32,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=1,
     )
+    model = GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # named, since guessing it logs, which is no part of a compiled graph
+    return model
 
 
 def llama() -> nn.Module:

@@ -330,8 +330,7 @@ def apply_lora_linear(
     if not torch.compiler.is_compiling() and support.in_functorch():
         plan = support.choose_plan(x, backend)
         return _differentiable(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan)
-    # A 0-d tensor rather than a float: a new scaling does not compile the graph again.
-    scaling = torch.full(
-        (), scaling, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device
-    )
+    # A 0-d tensor rather than a float, and a product rather than `full`: new scalings then share one more graph.
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    scaling = torch.ones((), dtype=wide, device=x.device) * scaling
     return torch.ops.peft_fast.lora_linear(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, backend)
