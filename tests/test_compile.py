@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from models import batch, bert, lora_model, loss_and_gradients
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 import peft_fast
+from models import batch, bert, lora_model, loss_and_gradients
 from peft_fast.ops import lora_linear
 from peft_fast.testing import lora_linear_inputs
 

@@ -425,3 +425,28 @@ def test_explicit_triton_never_falls_back(monkeypatch):
     inputs = lora_linear_inputs(4, 6, 5, 2)
     with peft_fast.backend("triton"), pytest.raises(NotImplementedError, match=r'backend\("triton"\) cannot serve'):
         lora_linear(inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_passes_over_the_activations(dropout_p):
+    """What the CPU is asked for: the calls that touch a whole x, y, dx or dy. Time is not asserted here."""
+    from torch.profiler import ProfilerActivity, profile
+
+    M, K, N, R = 512, 384, 256, 8  # one dropout block
+    inputs = lora_linear_inputs(M, K, N, R)
+    leaves = [tensor.requires_grad_() for tensor in (inputs.x, inputs.lora_a, inputs.lora_b)]
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, acc_events=True) as recorded:
+        y = lora_linear(inputs.x, inputs.weight, *leaves[1:], bias=inputs.bias, dropout_p=dropout_p)
+        torch.autograd.grad(y, leaves, inputs.dy)
+
+    def is_activation(shape):
+        return len(shape) == 2 and math.prod(shape) >= M * N
+
+    calls = [event.name for event in recorded.events() if any(map(is_activation, event.input_shapes))]
+    work = {"mm", "addmm", "addmm_", "mul_", "mul", "add", "add_", "ge", "copy_", "sum", "bernoulli_", "where"}
+    counts = {name: calls.count(f"aten::{name}") for name in work if f"aten::{name}" in calls}
+    # Forward s, y; backward dB, ds, dA, dx: eight products, of which two small ones do not read an activation.
+    products = sum(counts.pop(name, 0) for name in ("mm", "addmm", "addmm_"))
+    assert products == 6
+    # The bias is copied into y as F.linear does. Dropout draws its mask twice, and masks x twice and dx once.
+    assert counts == ({"copy_": 1} if not dropout_p else {"copy_": 3, "ge": 2, "mul_": 3})

@@ -6,12 +6,12 @@ import pickle
 
 import pytest
 import torch
-from models import batch, bert, fill_lora_b, lora_model, loss_and_gradients
 from peft import LoraConfig, PeftModel
 from peft.tuners import lora
 from torch import nn
 
 import peft_fast
+from models import batch, bert, fill_lora_b, lora_model, loss_and_gradients
 from peft_fast.testing import assert_within_budget
 
 

@@ -1,0 +1,70 @@
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from peft_fast.layers import LoraLinear
+
+
+def test_is_the_layer_of_peft():
+    base = nn.Sequential(nn.Linear(24, 40))
+    layer = LoraLinear(copy.deepcopy(base[0]), 4, 12, use_rslora=True)
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=12, use_rslora=True, target_modules=["0"]))
+    stock = model.base_model.model[0]
+    with torch.no_grad():
+        stock.lora_A["default"].weight.copy_(layer.lora_a)
+        stock.lora_B["default"].weight.copy_(layer.lora_b.normal_())
+    x = torch.randn(3, 5, 24)
+    assert torch.allclose(layer(x), stock(x), atol=1e-5)
+    assert layer.scaling == stock.scaling["default"]
+
+
+def test_starts_as_the_base_layer_and_trains_its_factors_alone():
+    base = nn.Linear(24, 40)
+    layer = LoraLinear(base, 4, 8)
+    x = torch.randn(6, 24)
+    assert torch.equal(layer(x), base(x))
+    layer(x).sum().backward()
+    assert {name for name, p in layer.named_parameters() if p.grad is not None} == {"lora_a", "lora_b"}
+    assert not base.weight.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merge_and_unmerge(dtype):
+    layer = LoraLinear(nn.Linear(24, 40, dtype=dtype), 4, 8, lora_dropout=0.5).eval()
+    nn.init.normal_(layer.lora_b)
+    x, weight = torch.randn(6, 24, dtype=dtype), layer.base_layer.weight.clone()
+    before = layer(x)
+    layer.merge()
+    layer.merge()
+    tolerance = 30 * torch.finfo(dtype).eps
+    assert torch.allclose(layer(x), before, rtol=tolerance, atol=tolerance * before.abs().max().item())
+    assert not torch.allclose(layer.base_layer.weight, weight)
+    layer.unmerge()
+    layer.unmerge()
+    assert torch.allclose(layer.base_layer.weight, weight, atol=tolerance)
+
+
+def test_dropout_in_training_alone():
+    layer = LoraLinear(nn.Linear(64, 40), 4, 8, lora_dropout=0.5)
+    nn.init.normal_(layer.lora_b)
+    x = torch.randn(6, 64)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((nn.Conv1d(1, 1, 1), 4, 8), "base_layer: expected nn.Linear, got Conv1d"),
+        ((nn.Linear(2, 2), 0, 8), "r: expected a rank of at least 1, got 0"),
+        ((nn.Linear(2, 2), 4, 8, 1.5), r"lora_dropout: must lie in \[0, 1\), got 1.5"),
+    ],
+    ids=["layer", "rank", "dropout"],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LoraLinear(*arguments)
