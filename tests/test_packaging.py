@@ -79,11 +79,26 @@ def test_bare_checkout_resolves_kernels_and_nothing_else(checkout):
     ]
 
 
+# Any name transformers takes from the package: as a decorator it changes nothing.
+_STAND_IN = """
+STAND_IN = True
+
+class Anything:
+    def __getattr__(self, name):
+        return Anything()
+
+    def __call__(self, *args, **kwargs):
+        return args[0] if args and isinstance(args[0], type) else Anything()
+
+def __getattr__(name):
+    return Anything()
+"""
+
+
 def test_the_real_kernels_package_wins_from_the_repository_root(tmp_path):
-    # A version that transformers accepts, and whatever names it imports from the package.
     package, metadata = tmp_path / "kernels", tmp_path / "kernels.dist-info"
     package.mkdir()
-    (package / "__init__.py").write_text("STAND_IN = True\n\ndef __getattr__(name):\n    return type(name, (), {})\n")
+    (package / "__init__.py").write_text(_STAND_IN)
     metadata.mkdir()
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n")
     code = """
