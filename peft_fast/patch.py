@@ -28,8 +28,8 @@ class Linear(lora.Linear):
 
 @dataclass(frozen=True)
 class _Patch:
-    stock: type[nn.Module]
-    patched: type[nn.Module]
+    stock: type
+    patched: type
     op: str
     fusable: Callable[[Any], Any]  # the call's arguments, or the reason why a layer stays stock
 
@@ -120,7 +120,7 @@ def report(model: nn.Module) -> PatchReport:
     return PatchReport(tuple(rows))
 
 
-def _why_stock(module: nn.Module) -> str:
+def _why_stock(module: BaseTunerLayer) -> str:
     """Why an adapter layer runs stock even when patched; empty where it runs fused."""
     patch = _PATCHED.get(type(module)) or _PATCHES.get(type(module))
     if patch is None:

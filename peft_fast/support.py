@@ -170,11 +170,10 @@ def fusable_lora(layer: lora.Linear, x: Tensor | None = None) -> LoraCall | str:
             return "base layer and adapter are on different devices"
     elif reason := _why_not_on_device(weight, a, b):
         return reason
-    if type(base) is Conv1D:
-        weight = weight.t()
-    if x is not None and (reason := _why_not_input(layer, x, weight, factor_dtype, dropout_p)):
+    matrix = weight.t() if type(base) is Conv1D else weight
+    if x is not None and (reason := _why_not_input(layer, x, matrix, factor_dtype, dropout_p)):
         return reason
-    return weight, a, b, bias, layer.scaling[active], dropout_p
+    return matrix, a, b, bias, layer.scaling[active], dropout_p
 
 
 def _why_not_on_device(weight: Tensor, a: Tensor, b: Tensor) -> str | None:

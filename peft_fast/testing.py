@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ class LoraLinearInputs:
 
     def to(self, dtype: torch.dtype) -> "LoraLinearInputs":
         """The same values in another dtype, detached."""
-        tensors = {
+        tensors: dict[str, Any] = {
             name: None if value is None else value.detach().to(dtype)
             for name, value in vars(self).items()
             if name != "scaling"

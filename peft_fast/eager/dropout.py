@@ -9,7 +9,7 @@ fastest of numpy's generators, twice as fast as torch's, and all its 64 bits are
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -26,14 +26,14 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(2**63 - 1, (1,), device=device)
 
 
-def dropout_mask(seed: Tensor, shape: torch.Size | tuple[int, ...], threshold: int) -> Tensor:
+def dropout_mask(seed: Tensor, shape: Sequence[int], threshold: int) -> Tensor:
     """The mask that `seed` stands for: a boolean tensor of `shape` on seed's device, True where x is kept."""
     n = math.prod(shape)
     return (_words(_seeded_stream(seed), n) >= _word_threshold(threshold)).view(shape).to(seed.device)
 
 
 def keep_blocks(
-    seed: Tensor, shape: tuple[int, int], threshold: int, dtype: torch.dtype
+    seed: Tensor, shape: Sequence[int], threshold: int, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
     """The mask of an (M, K) tensor in blocks of rows: (rows, 1.0 where x is kept and 0.0 where not).
 

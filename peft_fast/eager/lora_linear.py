@@ -12,7 +12,7 @@ over y or dx: the matmul adds to its output where it would have copied the bias.
 is being traced, the mask is one opaque op and everything else is aten calls that a compiler can fuse.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +120,7 @@ def _scaled_mm(a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
 
 
 def _blocks(
-    seed: Tensor, shape: tuple[int, int], threshold: int, dtype: torch.dtype, traced: bool
+    seed: Tensor, shape: Sequence[int], threshold: int, dtype: torch.dtype, traced: bool
 ) -> Iterable[tuple[slice, Tensor]]:
     if traced:
         return [(slice(None), torch.ops.peft_fast.dropout_mask(seed, shape, threshold, "eager").to(dtype))]

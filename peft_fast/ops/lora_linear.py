@@ -20,8 +20,9 @@ def _validate(
     dropout_p: float,
     seed: Tensor | None,
 ) -> None:
-    tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
-    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
+    if bias is not None:
+        tensors["bias"] = bias
     shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
     if x.dim() == 0 or any(tensor.dim() != 2 for tensor in (weight, lora_a, lora_b)):
         raise ValueError(f"lora_linear: expected x (..., K), weight (N, K), lora_a (R, K), lora_b (N, R), got {shapes}")
@@ -113,7 +114,8 @@ def _launch_bwd(
         return eager.lora_bwd(*args, needs=needs, traced=traced)
     if traced:
         needed = iter(torch.ops.peft_fast.lora_linear_bwd(*args, needs, plan))
-        return tuple(next(needed) if need else None for need in needs)
+        dx, da, db, dbias = (next(needed) if need else None for need in needs)
+        return dx, da, db, dbias
     return _kernels().lora_bwd(*args, needs=needs, plan=plan)
 
 
@@ -332,5 +334,5 @@ def apply_lora_linear(
         return _differentiable(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan)
     # A 0-d tensor rather than a float, and a product rather than `full`: new scalings then share one more graph.
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    scaling = torch.ones((), dtype=wide, device=x.device) * scaling
-    return torch.ops.peft_fast.lora_linear(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, backend)
+    scale = torch.ones((), dtype=wide, device=x.device) * scaling
+    return torch.ops.peft_fast.lora_linear(x, weight, lora_a, lora_b, bias, scale, threshold, seed, backend)
