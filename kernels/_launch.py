@@ -73,10 +73,9 @@ def unit(*operands: Tensor | int) -> int:
 
 
 def chip(device: torch.device) -> str:
-    """The kind of chip that tiles are chosen by: "sm80", "sm86", "sm90", "sm100" or "gfx9".
+    """The kind of chip that tiles are chosen by: "sm80", "sm86", "sm90", "sm100", "gfx9" or "interpreter".
 
-    "sm86" stands for all NVIDIA chips with about 100 KiB of shared memory a block (8.6, 8.9, 12.x). Without a GPU, in
-    the interpreter, tiles are those of "sm90".
+    "sm86" stands for all NVIDIA chips with about 100 KiB of shared memory a block (8.6, 8.9, 12.x).
     """
     recorded = _recording.get()
     if recorded is not None:
@@ -85,7 +84,7 @@ def chip(device: torch.device) -> str:
             return "gfx9"
         capability = divmod(target.arch, 10)
     elif device.type != "cuda":
-        return "sm90"
+        return "interpreter"
     elif torch.version.hip:
         return "gfx9"
     else:

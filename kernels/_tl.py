@@ -53,14 +53,20 @@ def load_tile(ptr, rows, cols, num_rows, num_cols, stride_row, stride_col, UNIT:
     return tl.load(tile_ptrs(ptr, rows, cols, stride_row, stride_col, UNIT, WIDE), mask=mask, other=0.0)
 
 
+@triton.constexpr_function
+def accumulator(dtype):
+    """The type in which products of `dtype` are summed."""
+    return tl.float64 if dtype == tl.float64 else tl.float32
+
+
 @triton.jit
-def cast(x, DTYPE: tl.constexpr):
+def cast(x, dtype: tl.constexpr):
     """`x` in another type, rounded to nearest even."""
-    if INTERPRETED and DTYPE == tl.bfloat16 and x.dtype == tl.float32:
+    if INTERPRETED and dtype == tl.bfloat16 and x.dtype == tl.float32:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    return x.to(DTYPE)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -110,15 +116,12 @@ def keep_mask(seed_ptr, threshold, row, col, ROWS: tl.constexpr, COLS: tl.conste
     rows = row + tl.arange(0, ROWS)[:, None]
     calls = col // 8 + tl.arange(0, COLS // 8)[None, :]
     w0, w1, w2, w3 = tl.philox(tl.load(seed_ptr), calls, rows, 0, 0, PHILOX_ROUNDS)
+    words = tl.join(tl.join(w0, w1), tl.join(w2, w3))
+    words = words.reshape(ROWS, COLS // 32, 4, 2, 2).permute(0, 1, 4, 3, 2)  # row, b, j // 2, j % 2, t
+    words = words.reshape(ROWS, COLS // 2)
     # Shifted to the top of the word, both halves compare without being extracted.
     cutoff = threshold.to(tl.uint32) << 16
-    k0 = tl.join((w0 << 16) >= cutoff, w0 >= cutoff)
-    k1 = tl.join((w1 << 16) >= cutoff, w1 >= cutoff)
-    k2 = tl.join((w2 << 16) >= cutoff, w2 >= cutoff)
-    k3 = tl.join((w3 << 16) >= cutoff, w3 >= cutoff)
-    keep = tl.join(tl.join(k0, k1), tl.join(k2, k3))
-    keep = keep.reshape(ROWS, COLS // 32, 4, 2, 2, 2)  # row, b, t, e, j % 2, j // 2
-    return keep.permute(0, 1, 5, 4, 2, 3).reshape(ROWS, COLS)
+    return tl.join((words << 16) >= cutoff, words >= cutoff).reshape(ROWS, COLS)
 
 
 @triton.jit

@@ -14,10 +14,10 @@ Saved: x, s and the seed, never the mask or drop(x); each kernel draws the mask 
 products of a tall matrix and a "factor", given as F (inner, outer); A and B enter as Aᵀ, Bᵀ or as they are,
 which is only a matter of strides.
 
-Everything accumulates in fp32 (fp64 for fp64). 16-bit activations with fp32 factors: s, ds, dA and dB are
-computed to fp32's accuracy (`_tl.dot`), with factors of the activation's type dA and dB take s and ds rounded to that type,
-as stock does. s Bᵀ and ds A end in y and dx, so both operands are rounded to the type of y and dx. Sums over
-M or K that several programs share are written as partial sums and added in a fixed order: no atomics.
+Everything accumulates in fp32 (fp64 for fp64). With fp32 factors for a 16-bit activation s, ds, dA and dB have
+fp32's accuracy (`_tl.dot`); with factors of the activation's type dA and dB take s and ds rounded to that type, as
+stock does. s Bᵀ and ds A end in y and dx, so both operands are rounded to the type of y and dx. Sums that several
+programs share are written as partial sums and added in a fixed order: no atomics.
 
 `plan` "fused": one Triton matmul with the low-rank term, serving y and dx. "split": the vendor's matmul, then a
 rank-R update in place.
@@ -32,22 +32,76 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import chip, launch, needs_int64, unit
-from ._tl import cast, dot, keep_mask, keep_scale, load_tile, swizzle, tile_ptrs
+from ._tl import accumulator, cast, dot, keep_mask, keep_scale, load_tile, swizzle, tile_ptrs
 
-# Programs that a skinny pass is split into: about two for each multiprocessor of a large chip. A constant, so that a sum
-# has the same bits on every chip.
+# Programs that a skinny pass is split into: about two for each multiprocessor of a large chip. A constant, so that
+# a sum has the same bits on every chip.
 _PROGRAMS = 256
 
-# Up to this rank dy is read once for ds and dB. The partial sums of ds cost 4R/BLOCK_N of dy's bytes; above, reading dy
-# a second time is cheaper.
-_ONE_READ_RANK = 32
+
+@dataclass(frozen=True)
+class _Tile:
+    """A rows×cols tile of the result or of the tall operand, `inner` elements of K and `rank` of R a step."""
+
+    rows: int
+    cols: int
+    inner: int
+    rank: int
+    num_warps: int
+    num_stages: int
+
+
+# Tiles are the largest that ptxas compiles without stack or spills for ranks up to 384, with and without dropout
+# (tests/test_codegen_lora_linear.py holds them to it). They were read off compiled code, not timed. fp32 means IEEE
+# dots on the ordinary cores, whose operands are registers: small tiles.
+
+
+def _matmul_tile(x: Tensor) -> _Tile:
+    kind = chip(x.device)
+    if kind != "interpreter" and x.element_size() > 2:
+        return _Tile(128, 128, 32, 32, 8, 3) if _precision(x.dtype) == "tf32" else _Tile(64, 64, 16, 16, 8, 3)
+    if kind in ("sm80", "sm86"):
+        return _Tile(128, 128, 64, 64, 8, 3)
+    if kind == "gfx9":
+        return _Tile(256, 128, 64, 64, 8, 2)
+    return _Tile(128, 256, 64, 64, 8, 3)
+
+
+def _update_tile(out: Tensor) -> _Tile:
+    if chip(out.device) != "interpreter" and out.element_size() > 2:
+        return _Tile(64, 64, 0, 16, 8, 1)
+    return _Tile(64, 128, 0, 64, 8, 1)
+
+
+def _skinny_tile(x: Tensor, factor: Tensor, *, with_ds: bool = False) -> _Tile:
+    """The tile of x that meets all of, or a block of, the rank in one step of a skinny pass."""
+    kind, R = chip(x.device), factor.shape[1]
+    if kind != "interpreter" and x.element_size() > 2:
+        return _Tile(64, 64, 0, 32, 8, 3)
+    num_warps = 4 if R <= 16 else 8
+    num_stages = 2 if kind == "gfx9" else 3
+    if factor.dtype == x.dtype:
+        if with_ds:
+            # Wide, because each block of columns leaves partial sums of ds.
+            return _Tile(64, 256, 0, 32, 8, num_stages)
+        return _Tile(64, 128, 0, 64 if kind == "sm86" else 128, num_warps, num_stages)
+    # Three terms of the factor are alive at once; before wgmma every warp holds them all in registers.
+    if kind in ("sm80", "sm86") and R > 16:
+        return _Tile(64, 64, 0, 32, 8, 3)
+    return _Tile(64, 128, 0, 64, num_warps, num_stages)
+
+
+def _reads_dy_once(dy: Tensor, factor: Tensor) -> bool:
+    """Whether ds comes with dB rather than from a second read of dy.
+
+    Partial sums of ds, written and read, cost 4R/cols of dy's bytes (16-bit dy): at most half of a second read.
+    """
+    return dy.element_size() == 2 and 8 * factor.shape[1] <= _skinny_tile(dy, factor, with_ds=True).cols
 
 
 @triton.jit
 def _coefficient(scaling, scaling_ptr, DTYPE: tl.constexpr):
-    if scaling_ptr is None:
-        return tl.full((), scaling, DTYPE)
-    return tl.load(scaling_ptr).to(DTYPE)
+    return tl.full((), scaling, DTYPE) if scaling_ptr is None else tl.load(scaling_ptr).to(DTYPE)
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -148,7 +202,7 @@ def _factor_grad_kernel(
     mask_k = offs_k < K
     split = tl.program_id(1)
     X_DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    DTYPE: tl.constexpr = tl.float64 if X_DTYPE == tl.float64 else tl.float32
+    DTYPE: tl.constexpr = accumulator(X_DTYPE)
 
     df = tl.zeros((BLOCK_K, BLOCK_R), DTYPE)
     dbias = tl.zeros((BLOCK_K,), DTYPE)
@@ -278,7 +332,7 @@ def _matmul_kernel(
     offs_m = row + tl.arange(0, BLOCK_M)
     offs_n = col + tl.arange(0, BLOCK_N)
     X_DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    DTYPE: tl.constexpr = tl.float64 if X_DTYPE == tl.float64 else tl.float32
+    DTYPE: tl.constexpr = accumulator(X_DTYPE)
 
     acc = _low_rank_tile(
         s_ptr,
@@ -304,11 +358,18 @@ def _matmul_kernel(
     )
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(DTYPE)[None, :]
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptrs = tile_ptrs(x_ptr, offs_m, offs_k, stride_xm, stride_xk, X_UNIT, WIDE)
+    g_ptrs = tile_ptrs(g_ptr, offs_k, offs_n, stride_gk, stride_gn, X_UNIT, WIDE)
+    step_x = BLOCK_K * tl.cast(stride_xk, tl.int64 if WIDE else tl.int32)
+    step_g = BLOCK_K * tl.cast(stride_gk, tl.int64 if WIDE else tl.int32)
     for k in range(0, K, BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K)
-        x = load_tile(x_ptr, offs_m, offs_k, M, K, stride_xm, stride_xk, X_UNIT, WIDE)
-        g = load_tile(g_ptr, offs_k, offs_n, K, N, stride_gk, stride_gn, X_UNIT, WIDE)
+        mask_k = offs_k < K - k
+        x = tl.load(x_ptrs, mask=(offs_m < M)[:, None] & mask_k[None, :], other=0.0)
+        g = tl.load(g_ptrs, mask=mask_k[:, None] & (offs_n < N)[None, :], other=0.0)
         acc = dot(x, g, acc, PRECISION)
+        x_ptrs += step_x
+        g_ptrs += step_g
 
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     tl.store(tile_ptrs(out_ptr, offs_m, offs_n, N, 1, X_UNIT, WIDE), cast(acc, X_DTYPE), mask=mask)
@@ -343,7 +404,7 @@ def _update_kernel(
     offs_m = row + tl.arange(0, BLOCK_M)
     offs_n = col + tl.arange(0, BLOCK_N)
     OUT_DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    DTYPE: tl.constexpr = tl.float64 if OUT_DTYPE == tl.float64 else tl.float32
+    DTYPE: tl.constexpr = accumulator(OUT_DTYPE)
 
     acc = _low_rank_tile(
         s_ptr,
@@ -372,20 +433,9 @@ def _update_kernel(
     tl.store(tile_ptrs(out_ptr, offs_m, offs_n, N, 1, X_UNIT, WIDE), cast(acc, OUT_DTYPE), mask=mask)
 
 
-@dataclass(frozen=True)
-class _Tile:
-    """rows×cols elements of the result or of the tall operand, `inner` elements of the reduction a step."""
-
-    rows: int
-    cols: int
-    inner: int
-    num_warps: int
-    num_stages: int
-
-
-def _block_r(R: int, limit: int) -> int:
+def _block_r(R: int, tile: _Tile) -> int:
     # Tensor cores want at least 16 of the rank, as a reduction length as well as a width.
-    return min(max(16, triton.next_power_of_2(R)), limit)
+    return min(max(16, triton.next_power_of_2(R)), tile.rank)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -405,18 +455,6 @@ def _chunks(length: int, block: int, programs: int) -> tuple[int, int]:
     """(number, size) of the pieces, whole blocks each, into which `programs` programs split `length` further."""
     size = block * triton.cdiv(triton.cdiv(length, block), max(1, _PROGRAMS // max(1, programs)))
     return max(1, triton.cdiv(length, max(1, size))), max(1, size)
-
-
-def _skinny_tile(x: Tensor, factor: Tensor, block_r: int) -> _Tile:
-    return _Tile(64, 128, 0, 4, 3)
-
-
-def _matmul_tile(x: Tensor) -> _Tile:
-    return _Tile(128, 256, 64, 8, 3)
-
-
-def _update_tile(x: Tensor) -> _Tile:
-    return _Tile(64, 128, 0, 4, 1)
 
 
 def _sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
@@ -442,8 +480,8 @@ def _shrink(
 ) -> Tensor:
     """scaling · drop(x) F; x (M, K), F (K, R)."""
     (M, K), R = x.shape, factor.shape[1]
-    block_r = _block_r(R, 128)
-    tile = _skinny_tile(x, factor, block_r)
+    tile = _skinny_tile(x, factor)
+    block_r = _block_r(R, tile)
     programs = triton.cdiv(M, tile.rows) * triton.cdiv(R, block_r)
     splits, K_split = _chunks(K, tile.cols, programs)
     s = torch.empty((splits * M, R), dtype=_accumulator(x.dtype), device=x.device)
@@ -492,8 +530,8 @@ def _factor_grad(
     """
     need_df, need_dbias, need_ds = needs
     (M, K), R = x.shape, factor.shape[1]
-    block_r = _block_r(R, 128)
-    tile = _skinny_tile(x, factor, block_r)
+    tile = _skinny_tile(x, factor, with_ds=need_ds)
+    block_r = _block_r(R, tile)
     blocks_k = triton.cdiv(K, tile.cols)
     programs = blocks_k * triton.cdiv(R, block_r)
     splits, M_split = _chunks(M, tile.rows, programs)
@@ -553,8 +591,8 @@ def _matmul(
     """x G + bias + [mask / (1 - p)] ∘ (s F); x (M, K), G (K, N), s (M, R), F (R, N)."""
     (M, K), (R, N) = x.shape, factor.shape
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    block_r = _block_r(R, 64)
     tile = _matmul_tile(x)
+    block_r = _block_r(R, tile)
     launch(
         _matmul_kernel,
         (triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.cols),),
@@ -592,8 +630,8 @@ def _matmul(
 def _update(out: Tensor, s: Tensor, factor: Tensor, threshold: int = 0, seed: Tensor | None = None) -> Tensor:
     """out + [mask / (1 - p)] ∘ (s F), in place; out (M, N) contiguous, s (M, R), F (R, N)."""
     M, (R, N) = s.shape[0], factor.shape
-    block_r = _block_r(R, 64)
     tile = _update_tile(out)
+    block_r = _block_r(R, tile)
     launch(
         _update_kernel,
         (triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.cols),),
@@ -661,9 +699,9 @@ def lora_bwd(
     seed = seed if threshold else None
     dx = da = db = dbias = ds = None
 
-    one_read = lora_a.shape[0] <= _ONE_READ_RANK
     if need_db or need_dbias:
-        db, dbias, ds = _factor_grad(dy, s, lora_b, scaling, needs=(need_db, need_dbias, need_ds and one_read))
+        with_ds = need_ds and _reads_dy_once(dy, lora_b)
+        db, dbias, ds = _factor_grad(dy, s, lora_b, scaling, needs=(need_db, need_dbias, with_ds))
     if need_ds and ds is None:
         ds = _shrink(dy, lora_b, scaling)
     if need_da:

@@ -1,5 +1,7 @@
 """The Triton dropout mask: its definition, its statistics, its independence of shapes and seeds."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -68,7 +70,7 @@ def test_rate(p, device):
 def test_the_threshold_counts_words(device):
     """The same words at every threshold: a higher one drops a superset; 65535 keeps about one element in 2^16."""
     masks = [mask_of(7, threshold, device) for threshold in (1, 3000, 3001, 40000, 65535)]
-    for lower, higher in zip(masks, masks[1:], strict=False):
+    for lower, higher in itertools.pairwise(masks):
         assert (lower | ~higher).all()
     assert (~masks[0]).sum() <= 20
     assert masks[-1].sum() <= 20

@@ -164,7 +164,8 @@ def kernels_launched(needs, *, R=16, plan="split", bias=None) -> list[str]:
     """The names of the kernels in backward."""
     M, K, N = 512, 256, 512
     x, weight, lora_a, lora_b, dy, s = (
-        torch.empty(shape, device="meta") for shape in [(M, K), (N, K), (R, K), (N, R), (M, N), (M, R)]
+        torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        for shape in [(M, K), (N, K), (R, K), (N, R), (M, N), (M, R)]
     )
     with recording(GPUTarget("cuda", 90, 32)) as launches:
         lora_bwd(dy, x, weight, lora_a, lora_b, s, 2.0, 0, None, needs=needs, plan=plan)
@@ -250,7 +251,8 @@ def test_64_bit_offsets_where_32_do_not_reach():
 def test_launches_use_64_bit_offsets(M, wide, plan):
     K, N, R = 4096, 128, 16
     x, weight, lora_a, lora_b, dy, s = (
-        torch.empty(shape, device="meta") for shape in [(M, K), (N, K), (R, K), (N, R), (M, N), (M, R)]
+        torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        for shape in [(M, K), (N, K), (R, K), (N, R), (M, N), (M, R)]
     )
     with recording(GPUTarget("cuda", 90, 32)) as launches:
         lora_fwd(x, weight, lora_a, lora_b, None, 1.0, 0, None, plan=plan)
