@@ -15,7 +15,7 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
 
 demo: install assets  ## fine-tune a real model on real data, stock beside patched (ARGS="--rank 16 ...")
-	$(BIN)/python examples/sentiment.py $(ARGS)
+	@$(BIN)/python examples/sentiment.py $(ARGS)
 
 test: lint  ## lint and the whole test suite
 	$(BIN)/pytest

@@ -88,7 +88,7 @@ def print_table(results: dict[str, Result], loss_max_diff: float) -> None:
         f"{patched.saved_activation_bytes / 2**20:.0f} MiB",
         f"{bytes_ratio:.2f}",
     )
-    table.add_row("loss difference without dropout", "", f"{loss_max_diff:.1e}", "")
+    table.add_row("largest loss difference, no dropout", "", f"{loss_max_diff:.1e}", "")
     Console().print(table)
 
 
