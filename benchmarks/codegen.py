@@ -43,14 +43,11 @@ class Compiled:
     spills: int
     shared: int
     tensor_memory: int
+    tensor_core: int
     wgmma: int
     mma_sync: int
-    tcgen05_mma: int
+    loads_of_2_bytes: int
     instructions: int
-
-    @property
-    def tensor_core(self) -> int:
-        return self.wgmma + self.mma_sync + self.tcgen05_mma
 
 
 def compile_source(launch: Launch, target: GPUTarget):
@@ -81,9 +78,10 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Compiled:
         spills=sum(_width(op) for op in re.findall(r"\b(?:LDL|STL)((?:\.\w+)*)", sass)),
         shared=compiled.metadata.shared,
         tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
+        tensor_core=len(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)", ptx)),
         wgmma=len(re.findall(r"\bwgmma\.mma_async", ptx)),
         mma_sync=len(re.findall(r"\bmma\.sync", ptx)),
-        tcgen05_mma=len(re.findall(r"\btcgen05\.mma", ptx)),
+        loads_of_2_bytes=len(re.findall(r"\bLDG\.E\.[US]16\b", sass)),
         instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE)),
     )
 

@@ -1,6 +1,7 @@
 """What every launcher shares: launching on the right device, 64-bit offsets, the kind of chip, recorded launches."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def needs_int64(*tensors: Tensor | None) -> bool:
 
 
 def unit(*operands: Tensor | int) -> int:
-    """8 if 8 divides every given size and every stride of the given tensors that is not 1, else 1.
+    """The largest of 1, 2, 4, 8 that divides every given size and every stride, other than 1, of the given tensors.
 
     What `_tl.tile_ptrs` takes: with 8, rows of 8·odd 16-bit elements still load 16 bytes at a time.
     """
@@ -69,7 +70,7 @@ def unit(*operands: Tensor | int) -> int:
         for operand in operands
         for value in ([operand] if isinstance(operand, int) else [s for s in operand.stride() if s != 1])
     ]
-    return 8 if all(value % 8 == 0 for value in values) else 1
+    return math.gcd(8, *values)
 
 
 def chip(device: torch.device) -> str:

@@ -85,8 +85,8 @@ def _skinny_tile(x: Tensor, factor: Tensor, *, with_ds: bool = False) -> _Tile:
             # Wide, because each block of columns leaves partial sums of ds.
             return _Tile(64, 256, 0, 32, 8, num_stages)
         return _Tile(64, 128, 0, 64 if kind == "sm86" else 128, num_warps, num_stages)
-    # Three terms of the factor are alive at once; before wgmma every warp holds them all in registers.
-    if kind in ("sm80", "sm86") and R > 16:
+    # Three terms of the factor are alive at once; before wgmma each warp holds them all in registers.
+    if kind in ("sm80", "sm86") and not with_ds:
         return _Tile(64, 64, 0, 32, 8, 3)
     return _Tile(64, 128, 0, 64, num_warps, num_stages)
 
