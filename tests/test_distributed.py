@@ -1,0 +1,75 @@
+"""Patched models under DDP and FSDP2, on two processes: the gradients of stock."""
+
+import copy
+import os
+import socket
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+WORLD = 2
+
+
+def worker(rank: int, port: int, wrapper: str) -> None:
+    sys.path.insert(0, str(Path(__file__).parent))
+    import peft_fast
+    from models import batch, lora_model
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    try:
+        inputs = {name: value[rank * 2 : rank * 2 + 2] for name, value in batch().items()}
+        stock = lora_model()
+        patched = copy.deepcopy(stock)
+        peft_fast.patch(patched)
+        gradients = []
+        for model in (stock, patched):
+            calls = count_fused_calls()
+            if wrapper == "ddp":
+                wrapped = DistributedDataParallel(model)
+            else:
+                for layer in model.base_model.model.bert.encoder.layer:
+                    fully_shard(layer)
+                wrapped = fully_shard(model)
+            for _ in range(2):
+                wrapped.zero_grad()
+                wrapped(**inputs).loss.backward()
+            gradients.append({name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None})
+            assert len(calls) == (24 if model is patched else 0)
+        expected, actual = gradients
+        assert expected.keys() == actual.keys()
+        assert len(actual) > 20
+        for name, value in expected.items():
+            assert torch.allclose(actual[name], value, rtol=1e-4, atol=1e-5 * value.abs().max().item() + 1e-8), name
+    finally:
+        dist.destroy_process_group()
+
+
+def count_fused_calls() -> list:
+    """A list that grows by one with every fused call from now on."""
+    module, calls = sys.modules["peft_fast.patch"], []
+    apply = sys.modules["peft_fast.ops.lora_linear"].apply_lora_linear
+    module.apply_lora_linear = lambda *args: calls.append(1) or apply(*args)
+    return calls
+
+
+def whole(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_gradients_of_stock(wrapper):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, (port, wrapper), nprocs=WORLD)
