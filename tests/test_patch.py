@@ -178,6 +178,19 @@ def test_create_graph():
         assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item() + 1e-9)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_without_gradients(mode):
+    stock = lora_model("llama").eval()
+    patched = patched_copy(stock)
+    with mode():
+        assert torch.allclose(patched(**batch("llama")).logits, stock(**batch("llama")).logits, atol=1e-6)
+        prompt = {name: value for name, value in batch("llama").items() if name != "labels"}
+        tokens = [
+            model.generate(**prompt, max_new_tokens=5, do_sample=False, pad_token_id=0) for model in (stock, patched)
+        ]
+    assert torch.equal(*tokens)
+
+
 def test_fake_tensor_mode():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
