@@ -75,20 +75,19 @@ def _update_tile(out: Tensor) -> _Tile:
 
 def _skinny_tile(x: Tensor, factor: Tensor, *, with_ds: bool = False) -> _Tile:
     """The tile of x that meets all of, or a block of, the rank in one step of a skinny pass."""
-    kind, R = chip(x.device), factor.shape[1]
+    kind = chip(x.device)
     if kind != "interpreter" and x.element_size() > 2:
         return _Tile(64, 64, 0, 32, 8, 3)
-    num_warps = 4 if R <= 16 else 8
     num_stages = 2 if kind == "gfx9" else 3
     if factor.dtype == x.dtype:
         if with_ds:
             # Wide, because each block of columns leaves partial sums of ds.
             return _Tile(64, 256, 0, 32, 8, num_stages)
-        return _Tile(64, 128, 0, 64 if kind == "sm86" else 128, num_warps, num_stages)
-    # Three terms of the factor are alive at once; before wgmma each warp holds them all in registers.
-    if kind in ("sm80", "sm86") and not with_ds:
-        return _Tile(64, 64, 0, 32, 8, 3)
-    return _Tile(64, 128, 0, 64, num_warps, num_stages)
+        return _Tile(64, 128, 0, 64 if kind == "sm86" else 128, 8, num_stages)
+    # Three terms of the factor are alive at once; without wgmma each warp holds them all in registers.
+    if kind in ("sm90", "interpreter") or with_ds:
+        return _Tile(64, 128, 0, 64, 8, num_stages)
+    return _Tile(64, 64, 0, 32, 8, num_stages)
 
 
 def _reads_dy_once(dy: Tensor, factor: Tensor) -> bool:

@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 
 from peft_fast import reference
 from peft_fast.kernels import lora_linear
-from peft_fast.kernels._launch import needs_int64, recording
+from peft_fast.kernels._launch import needs_int64, recording, unit
 from peft_fast.kernels.dropout import dropout_mask
 from peft_fast.kernels.lora_linear import lora_bwd, lora_fwd
 from peft_fast.testing import LoraLinearInputs, assert_within_budget, lora_linear_inputs
@@ -191,6 +191,14 @@ def test_bits_repeat(plan, device):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_16_bit_results_round_to_nearest(device):
+    """Products of two bf16 numbers are exact in fp32, so the result must be theirs, rounded once."""
+    inputs = lora_linear_inputs(70, 1, 70, 1, dtype=torch.bfloat16, bias=False, device=device)
+    inputs.lora_b = torch.zeros_like(inputs.lora_b)
+    y = run(inputs, plan="fused", needs=(False,) * 4)[0]
+    assert torch.equal(y, (inputs.x.float() * inputs.weight.float().T).bfloat16())
+
+
 # Not representable, negative, zero, and the types that a buffer may have.
 @pytest.mark.parametrize("dtypes", ["fp64", "fp32"])
 def test_scaling(dtypes, device):
@@ -243,6 +251,16 @@ def test_64_bit_offsets_where_32_do_not_reach():
     assert needs_int64(torch.empty(2**18, 4096, device="meta"), torch.empty(1, 2**31 + 1, device="meta"))
     assert not needs_int64(torch.empty(1, device="meta").expand(2**20, 4096))
     assert not needs_int64(torch.empty(0, 2**40, device="meta"))
+
+
+def test_unit_divides_sizes_and_strides():
+    matrix = torch.empty(5, 24, device="meta")
+    assert unit(matrix, 24) == 8
+    assert unit(matrix.T, 24) == 8
+    assert unit(matrix, 24, 20) == 4
+    assert unit(matrix[:, ::2], 12) == 2
+    assert unit(torch.empty(5, 33, device="meta"), 33) == 1
+    assert unit(matrix[:1, :1].expand(5, 24), 24) == 8
 
 
 # The widest tensor decides, wherever it enters.
