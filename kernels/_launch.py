@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
@@ -91,3 +92,28 @@ def chip(device: torch.device) -> str:
     else:
         capability = torch.cuda.get_device_capability(device)
     return {(8, 0): "sm80", (8, 7): "sm80", (9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}.get(capability, "sm86")
+
+
+# Tiles are the largest that ptxas compiles without stack or spills for ranks up to 384, with and without dropout
+# (tests/test_codegen_lora_linear.py holds them to it). They were read off compiled code, not timed. fp32 means IEEE
+# dots on the ordinary cores, whose operands are registers: small tiles.
+@dataclass(frozen=True)
+class Tile:
+    """A rows×cols tile of the result or of the tall operand, `inner` elements of K and `rank` of R a step."""
+
+    rows: int
+    cols: int
+    inner: int
+    rank: int
+    num_warps: int
+    num_stages: int
+
+
+def precision(dtype: torch.dtype) -> str:
+    """TF32 only where torch's own switch asks for it."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def rank_block(R: int, tile: Tile) -> int:
+    """BLOCK_R: all of the rank where the tile allows it, at least the 16 that tensor cores reduce at a time."""
+    return min(max(16, triton.next_power_of_2(R)), tile.rank)

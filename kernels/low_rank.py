@@ -1,0 +1,294 @@
+"""Wide matrices (M, N) with a term of rank R, [mask / (1 - p)] ∘ (s F); s (M, R), F (R, N).
+
+    out  = x G + bias + [mask / (1 - p)] ∘ (s F)    `matmul`, which serves y and dx
+    out += [mask / (1 - p)] ∘ (s F)                 `update`, after the vendor's matmul
+
+Accumulated in fp32 (fp64 for fp64). s and F are rounded to the type of `out`, so that 16-bit tensor cores serve.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import Tile, chip, launch, needs_int64, precision, rank_block, unit
+from ._tl import accumulator, cast, dot, keep_mask, keep_scale, load_tile, swizzle, tile_ptrs
+
+
+def _matmul_tile(x: Tensor) -> Tile:
+    kind = chip(x.device)
+    if kind != "interpreter" and x.element_size() > 2:
+        return Tile(128, 128, 32, 32, 8, 3) if precision(x.dtype) == "tf32" else Tile(64, 64, 16, 16, 8, 3)
+    if kind in ("sm80", "sm86"):
+        return Tile(128, 128, 64, 64, 8, 3)
+    if kind == "gfx9":
+        return Tile(256, 128, 64, 64, 8, 2)
+    return Tile(128, 256, 64, 64, 8, 3)
+
+
+def _update_tile(out: Tensor) -> Tile:
+    if chip(out.device) != "interpreter" and out.element_size() > 2:
+        return Tile(64, 64, 0, 16, 8, 1)
+    return Tile(64, 128, 0, 64, 8, 1)
+
+
+@triton.jit
+def _low_rank_tile(
+    s_ptr,
+    f_ptr,
+    seed_ptr,
+    threshold,
+    row,
+    col,
+    M,
+    N,
+    R,
+    stride_fr,
+    stride_fn,
+    OPERAND: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCKS_R: tl.constexpr,
+    F_UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """[mask / (1 - p)] ∘ (s F) at (row, col), both operands rounded to OPERAND."""
+    offs_m = row + tl.arange(0, BLOCK_M)
+    offs_n = col + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), DTYPE)
+    for block_r in range(BLOCKS_R):
+        offs_r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
+        s = load_tile(s_ptr, offs_m, offs_r, M, R, R, 1, 1, WIDE)
+        f = load_tile(f_ptr, offs_r, offs_n, R, N, stride_fr, stride_fn, F_UNIT, WIDE)
+        acc = dot(cast(s, OPERAND), cast(f, OPERAND), acc, PRECISION)
+    if seed_ptr is not None:
+        keep = keep_mask(seed_ptr, threshold, row, col, BLOCK_M, BLOCK_N)
+        acc = tl.where(keep, acc * keep_scale(threshold, DTYPE), 0.0)
+    return acc
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _matmul_kernel(
+    x_ptr,
+    g_ptr,
+    bias_ptr,
+    s_ptr,
+    f_ptr,
+    out_ptr,
+    seed_ptr,
+    threshold,
+    M,
+    N,
+    K,
+    R,
+    stride_xm,
+    stride_xk,
+    stride_gk,
+    stride_gn,
+    stride_fr,
+    stride_fn,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCKS_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    X_UNIT: tl.constexpr,
+    F_UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out = x G + bias + [mask / (1 - p)] ∘ (s F); x (M, K), G (K, N), s (M, R), F (R, N).
+
+    y and dx are both of this form. The low-rank term comes first, so that a single accumulator is alive: masked
+    after the loop it would be a second one, and spill.
+    """
+    K = K // X_UNIT * X_UNIT
+    N = N // X_UNIT * X_UNIT
+    pid_m, pid_n = swizzle(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    row = pid_m * BLOCK_M
+    col = pid_n * BLOCK_N
+    offs_m = row + tl.arange(0, BLOCK_M)
+    offs_n = col + tl.arange(0, BLOCK_N)
+    X_DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = accumulator(X_DTYPE)
+
+    acc = _low_rank_tile(
+        s_ptr,
+        f_ptr,
+        seed_ptr,
+        threshold,
+        row,
+        col,
+        M,
+        N,
+        R,
+        stride_fr,
+        stride_fn,
+        X_DTYPE,
+        DTYPE,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_R,
+        BLOCKS_R,
+        F_UNIT,
+        WIDE,
+        PRECISION,
+    )
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(DTYPE)[None, :]
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptrs = tile_ptrs(x_ptr, offs_m, offs_k, stride_xm, stride_xk, X_UNIT, WIDE)
+    g_ptrs = tile_ptrs(g_ptr, offs_k, offs_n, stride_gk, stride_gn, X_UNIT, WIDE)
+    step_x = BLOCK_K * tl.cast(stride_xk, tl.int64 if WIDE else tl.int32)
+    step_g = BLOCK_K * tl.cast(stride_gk, tl.int64 if WIDE else tl.int32)
+    for k in range(0, K, BLOCK_K):
+        mask_k = offs_k < K - k
+        x = tl.load(x_ptrs, mask=(offs_m < M)[:, None] & mask_k[None, :], other=0.0)
+        g = tl.load(g_ptrs, mask=mask_k[:, None] & (offs_n < N)[None, :], other=0.0)
+        acc = dot(x, g, acc, PRECISION)
+        x_ptrs += step_x
+        g_ptrs += step_g
+
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    tl.store(tile_ptrs(out_ptr, offs_m, offs_n, N, 1, X_UNIT, WIDE), cast(acc, X_DTYPE), mask=mask)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _update_kernel(
+    out_ptr,
+    s_ptr,
+    f_ptr,
+    seed_ptr,
+    threshold,
+    M,
+    N,
+    R,
+    stride_fr,
+    stride_fn,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCKS_R: tl.constexpr,
+    X_UNIT: tl.constexpr,
+    F_UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out += [mask / (1 - p)] ∘ (s F); out (M, N) contiguous, s (M, R), F (R, N)."""
+    N = N // X_UNIT * X_UNIT
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    row = tl.program_id(0) // blocks_n * BLOCK_M
+    col = tl.program_id(0) % blocks_n * BLOCK_N
+    offs_m = row + tl.arange(0, BLOCK_M)
+    offs_n = col + tl.arange(0, BLOCK_N)
+    OUT_DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = accumulator(OUT_DTYPE)
+
+    acc = _low_rank_tile(
+        s_ptr,
+        f_ptr,
+        seed_ptr,
+        threshold,
+        row,
+        col,
+        M,
+        N,
+        R,
+        stride_fr,
+        stride_fn,
+        OUT_DTYPE,
+        DTYPE,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_R,
+        BLOCKS_R,
+        F_UNIT,
+        WIDE,
+        PRECISION,
+    )
+    acc += load_tile(out_ptr, offs_m, offs_n, M, N, N, 1, X_UNIT, WIDE).to(DTYPE)
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    tl.store(tile_ptrs(out_ptr, offs_m, offs_n, N, 1, X_UNIT, WIDE), cast(acc, OUT_DTYPE), mask=mask)
+
+
+def matmul(
+    x: Tensor,
+    g: Tensor,
+    bias: Tensor | None,
+    s: Tensor,
+    factor: Tensor,
+    threshold: int = 0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """x G + bias + [mask / (1 - p)] ∘ (s F); x (M, K), G (K, N), s (M, R), F (R, N)."""
+    (M, K), (R, N) = x.shape, factor.shape
+    out = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    tile = _matmul_tile(x)
+    block_r = rank_block(R, tile)
+    launch(
+        _matmul_kernel,
+        (triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.cols),),
+        x,
+        g,
+        bias,
+        s,
+        factor,
+        out,
+        seed,
+        threshold,
+        M,
+        N,
+        K,
+        R,
+        *x.stride(),
+        *g.stride(),
+        *factor.stride(),
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.cols,
+        BLOCK_K=tile.inner,
+        BLOCK_R=block_r,
+        BLOCKS_R=triton.cdiv(R, block_r),
+        GROUP_M=8,
+        X_UNIT=unit(x, g, out, K, N),
+        F_UNIT=unit(factor),
+        WIDE=needs_int64(x, g, s, factor, out),
+        PRECISION=precision(x.dtype),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out
+
+
+def update(out: Tensor, s: Tensor, factor: Tensor, threshold: int = 0, seed: Tensor | None = None) -> Tensor:
+    """out + [mask / (1 - p)] ∘ (s F), in place; out (M, N) contiguous, s (M, R), F (R, N)."""
+    M, (R, N) = s.shape[0], factor.shape
+    tile = _update_tile(out)
+    block_r = rank_block(R, tile)
+    launch(
+        _update_kernel,
+        (triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.cols),),
+        out,
+        s,
+        factor,
+        seed,
+        threshold,
+        M,
+        N,
+        R,
+        *factor.stride(),
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.cols,
+        BLOCK_R=block_r,
+        BLOCKS_R=triton.cdiv(R, block_r),
+        X_UNIT=unit(out, N),
+        F_UNIT=unit(factor),
+        WIDE=needs_int64(out, s, factor),
+        PRECISION=precision(out.dtype),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out

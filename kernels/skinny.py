@@ -1,0 +1,334 @@
+"""Skinny passes: one read of a tall matrix x (M, K) that gives, or meets, a matrix of rank R.
+
+    s  = scaling · drop(x) F         (M, R)    `shrink`
+    dF = drop(x)ᵀ s                  (K, R)    `factor_grad`, and from the same read
+    dbias = Σ_M x                    (K,)
+    ds = scaling · x F               (M, R)
+
+They are memory-bound. All accumulate in fp32 (fp64 for fp64); what several programs share they write as partial
+sums, which a second pass adds in order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import Tile, chip, launch, needs_int64, precision, rank_block, unit
+from ._tl import accumulator, cast, dot, keep_mask, keep_scale, load_tile, tile_ptrs
+
+# Programs that a skinny pass is split into: about two for each multiprocessor of a large chip. A constant, so that
+# chips that share tiles also share the order of every sum, and its bits.
+_PROGRAMS = 256
+
+
+def _skinny_tile(x: Tensor, factor: Tensor, *, with_ds: bool = False) -> Tile:
+    """The tile of x that meets all of, or a block of, the rank in one step of a skinny pass."""
+    kind = chip(x.device)
+    if kind != "interpreter" and x.element_size() > 2:
+        return Tile(64, 64, 0, 32, 8, 3)
+    num_stages = 2 if kind == "gfx9" else 3
+    if factor.dtype == x.dtype:
+        if with_ds:
+            # Wide, because each block of columns leaves partial sums of ds.
+            return Tile(64, 256, 0, 32, 8, num_stages)
+        return Tile(64, 128, 0, 64 if kind == "sm86" else 128, 8, num_stages)
+    # Three terms of the factor are alive at once; without wgmma each warp holds them all in registers.
+    if kind in ("sm90", "interpreter") or with_ds:
+        return Tile(64, 128, 0, 64, 8, num_stages)
+    return Tile(64, 64, 0, 32, 8, num_stages)
+
+
+def reads_dy_once(dy: Tensor, factor: Tensor) -> bool:
+    """Whether ds comes with dB rather than from a second read of dy.
+
+    Partial sums of ds, written and read, cost 4R/cols of dy's bytes (16-bit dy): at most half of a second read.
+    """
+    return dy.element_size() == 2 and 8 * factor.shape[1] <= _skinny_tile(dy, factor, with_ds=True).cols
+
+
+@triton.jit
+def _coefficient(scaling, scaling_ptr, DTYPE: tl.constexpr):
+    return tl.full((), scaling, DTYPE) if scaling_ptr is None else tl.load(scaling_ptr).to(DTYPE)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _shrink_kernel(
+    x_ptr,
+    f_ptr,
+    s_ptr,
+    scaling: tl.float64,
+    scaling_ptr,
+    seed_ptr,
+    threshold,
+    M,
+    K,
+    R,
+    K_split,
+    stride_xm,
+    stride_xk,
+    stride_fk,
+    stride_fr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    X_UNIT: tl.constexpr,
+    F_UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """s[split] = scaling · drop(x) F over the split's columns of x; s (splits, M, R)."""
+    K = K // X_UNIT * X_UNIT
+    blocks_r = tl.cdiv(R, BLOCK_R)
+    # Programs that share rows of x run side by side.
+    row = tl.program_id(0) // blocks_r * BLOCK_M
+    offs_m = row + tl.arange(0, BLOCK_M)
+    offs_r = tl.program_id(0) % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    split = tl.program_id(1)
+    DTYPE: tl.constexpr = s_ptr.dtype.element_ty
+
+    acc = tl.zeros((BLOCK_M, BLOCK_R), DTYPE)
+    for col in range(split * K_split, min((split + 1) * K_split, K), BLOCK_K):
+        offs_k = col + tl.arange(0, BLOCK_K)
+        x = load_tile(x_ptr, offs_m, offs_k, M, K, stride_xm, stride_xk, X_UNIT, WIDE)
+        f = load_tile(f_ptr, offs_k, offs_r, K, R, stride_fk, stride_fr, F_UNIT, WIDE)
+        if seed_ptr is not None:
+            x = tl.where(keep_mask(seed_ptr, threshold, row, col, BLOCK_M, BLOCK_K), x, 0.0)
+        acc = dot(x, f, acc, PRECISION)
+    acc *= _coefficient(scaling, scaling_ptr, DTYPE)
+    if seed_ptr is not None:
+        acc *= keep_scale(threshold, DTYPE)
+
+    s_ptr += split.to(tl.int64) * M * R
+    mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
+    tl.store(tile_ptrs(s_ptr, offs_m, offs_r, R, 1, 1, WIDE), acc, mask=mask)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _factor_grad_kernel(
+    x_ptr,
+    s_ptr,
+    f_ptr,
+    df_ptr,
+    dbias_ptr,
+    ds_ptr,
+    scaling: tl.float64,
+    scaling_ptr,
+    seed_ptr,
+    threshold,
+    M,
+    K,
+    R,
+    M_split,
+    stride_xm,
+    stride_xk,
+    stride_fk,
+    stride_fr,
+    stride_dfk,
+    stride_dfr,
+    ROUND_S: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    X_UNIT: tl.constexpr,
+    F_UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Up to three results of one read of x, which is x itself (dA) or dy (dB, dbias, ds).
+
+    df[split] = drop(x)ᵀ s and dbias[split] = Σ x over the split's rows; df (splits, K·R), dbias (splits, K).
+    ds[block] = scaling · x F over the block's columns; ds (blocks of K, M, R), only where R fits one block.
+    """
+    K = K // X_UNIT * X_UNIT
+    blocks_r = tl.cdiv(R, BLOCK_R)
+    block_k = tl.program_id(0) // blocks_r
+    block_r = tl.program_id(0) % blocks_r
+    col = block_k * BLOCK_K
+    offs_k = col + tl.arange(0, BLOCK_K)
+    offs_r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_k = offs_k < K
+    split = tl.program_id(1)
+    X_DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = accumulator(X_DTYPE)
+
+    df = tl.zeros((BLOCK_K, BLOCK_R), DTYPE)
+    dbias = tl.zeros((BLOCK_K,), DTYPE)
+    if ds_ptr is not None:
+        f = load_tile(f_ptr, offs_k, offs_r, K, R, stride_fk, stride_fr, F_UNIT, WIDE)
+        ds_ptr += block_k.to(tl.int64) * M * R
+    for row in range(split * M_split, min((split + 1) * M_split, M), BLOCK_M):
+        offs_m = row + tl.arange(0, BLOCK_M)
+        x = load_tile(x_ptr, offs_m, offs_k, M, K, stride_xm, stride_xk, X_UNIT, WIDE)
+        if seed_ptr is not None:
+            x = tl.where(keep_mask(seed_ptr, threshold, row, col, BLOCK_M, BLOCK_K), x, 0.0)
+        if df_ptr is not None:
+            s = load_tile(s_ptr, offs_m, offs_r, M, R, R, 1, 1, WIDE)
+            if ROUND_S:
+                s = cast(s, X_DTYPE)
+            df = dot(tl.trans(x), s, df, PRECISION)
+        if dbias_ptr is not None:
+            dbias += tl.sum(x.to(DTYPE), 0)
+        if ds_ptr is not None:
+            ds = dot(x, f, tl.zeros((BLOCK_M, BLOCK_R), DTYPE), PRECISION)
+            ds *= _coefficient(scaling, scaling_ptr, DTYPE)
+            mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
+            tl.store(tile_ptrs(ds_ptr, offs_m, offs_r, R, 1, 1, WIDE), ds, mask=mask)
+
+    if df_ptr is not None:
+        if seed_ptr is not None:
+            df *= keep_scale(threshold, DTYPE)
+        df_ptr += split.to(tl.int64) * K * R
+        mask = mask_k[:, None] & (offs_r < R)[None, :]
+        tl.store(tile_ptrs(df_ptr, offs_k, offs_r, stride_dfk, stride_dfr, 1, WIDE), df, mask=mask)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + split.to(tl.int64) * K + offs_k, dbias, mask=mask_k & (block_r == 0))
+
+
+@triton.jit
+def _sum_partials_kernel(partials_ptr, out_ptr, count, size, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """out = Σ partials over their first dimension, in order; partials (count, size)."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if WIDE:
+        index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < size
+    acc = tl.zeros((BLOCK,), partials_ptr.dtype.element_ty)
+    for i in range(count):
+        acc += tl.load(partials_ptr + tl.cast(i, tl.int64) * size + index, mask=mask, other=0.0)
+    tl.store(out_ptr + index, cast(acc, out_ptr.dtype.element_ty), mask=mask)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _scaling_arguments(scaling: float | Tensor) -> tuple[float, Tensor | None]:
+    return (1.0, scaling) if isinstance(scaling, Tensor) else (float(scaling), None)
+
+
+def _chunks(length: int, block: int, programs: int) -> tuple[int, int]:
+    """(number, size) of the pieces, whole blocks each, into which `programs` programs split `length` further."""
+    size = block * triton.cdiv(triton.cdiv(length, block), max(1, _PROGRAMS // max(1, programs)))
+    return max(1, triton.cdiv(length, max(1, size))), max(1, size)
+
+
+def _sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over the first dimension of `partials`."""
+    out = torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
+    launch(
+        _sum_partials_kernel,
+        (triton.cdiv(out.numel(), 1024),),
+        partials,
+        out,
+        partials.shape[0],
+        out.numel(),
+        BLOCK=1024,
+        WIDE=needs_int64(out),
+        num_warps=4,
+        num_stages=1,
+    )
+    return out
+
+
+def shrink(
+    x: Tensor, factor: Tensor, scaling: float | Tensor, threshold: int = 0, seed: Tensor | None = None
+) -> Tensor:
+    """scaling · drop(x) F; x (M, K), F (K, R)."""
+    (M, K), R = x.shape, factor.shape[1]
+    tile = _skinny_tile(x, factor)
+    block_r = rank_block(R, tile)
+    programs = triton.cdiv(M, tile.rows) * triton.cdiv(R, block_r)
+    splits, K_split = _chunks(K, tile.cols, programs)
+    s = torch.empty((splits * M, R), dtype=_accumulator(x.dtype), device=x.device)
+    launch(
+        _shrink_kernel,
+        (programs, splits),
+        x,
+        factor,
+        s,
+        *_scaling_arguments(scaling),
+        seed,
+        threshold,
+        M,
+        K,
+        R,
+        K_split,
+        *x.stride(),
+        *factor.stride(),
+        BLOCK_M=tile.rows,
+        BLOCK_K=tile.cols,
+        BLOCK_R=block_r,
+        X_UNIT=unit(x, K),
+        F_UNIT=unit(factor),
+        WIDE=needs_int64(x, factor, s[:M]),
+        PRECISION=precision(x.dtype),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return s if splits == 1 else _sum_partials(s.view(splits, M, R), s.dtype)
+
+
+def factor_grad(
+    x: Tensor,
+    s: Tensor | None,
+    factor: Tensor,
+    scaling: float | Tensor = 1.0,
+    threshold: int = 0,
+    seed: Tensor | None = None,
+    *,
+    transposed: bool = False,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """df = drop(x)ᵀ s, dbias = Σ_M x and ds = scaling · x F, those which `needs` asks for.
+
+    x (M, K), s (M, R), F (K, R); df (K, R), or (R, K) where `transposed`.
+    """
+    need_df, need_dbias, need_ds = needs
+    (M, K), R = x.shape, factor.shape[1]
+    tile = _skinny_tile(x, factor, with_ds=need_ds)
+    block_r = rank_block(R, tile)
+    blocks_k = triton.cdiv(K, tile.cols)
+    programs = blocks_k * triton.cdiv(R, block_r)
+    splits, M_split = _chunks(M, tile.rows, programs)
+
+    def partials(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=_accumulator(x.dtype), device=x.device)
+
+    df = (partials(splits, R, K) if transposed else partials(splits, K, R)) if need_df else None
+    dbias = partials(splits, K) if need_dbias else None
+    ds = partials(blocks_k, M, R) if need_ds else None
+    launch(
+        _factor_grad_kernel,
+        (programs, splits),
+        x,
+        s if need_df else None,
+        factor if need_ds else None,
+        df,
+        dbias,
+        ds,
+        *_scaling_arguments(scaling),
+        seed,
+        threshold,
+        M,
+        K,
+        R,
+        M_split,
+        *x.stride(),
+        *factor.stride(),
+        *((1, K) if transposed else (R, 1)),
+        ROUND_S=factor.dtype == x.dtype,
+        BLOCK_M=tile.rows,
+        BLOCK_K=tile.cols,
+        BLOCK_R=block_r,
+        X_UNIT=unit(x, K),
+        F_UNIT=unit(factor),
+        WIDE=needs_int64(x, factor, s),
+        PRECISION=precision(x.dtype),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return (
+        None if df is None else _sum_partials(df, factor.dtype),
+        None if dbias is None else _sum_partials(dbias, x.dtype),
+        None if ds is None else _sum_partials(ds, ds.dtype),
+    )
