@@ -1,4 +1,7 @@
-"""Patched models under DDP and FSDP2, on two processes: the gradients of stock."""
+"""Patched models under DDP and FSDP2, on two processes: the gradients of stock.
+
+Run by name, `pytest tests/distributed_check.py`: it hangs after the compiler tests of the same process.
+"""
 
 import copy
 import os
