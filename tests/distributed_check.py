@@ -54,6 +54,7 @@ def worker(rank: int, port: int, wrapper: str) -> None:
         assert len(actual) > 20
         for name, value in expected.items():
             assert torch.allclose(actual[name], value, rtol=1e-4, atol=1e-5 * value.abs().max().item() + 1e-8), name
+        dist.barrier()  # rank 0 holds the store: nobody may leave while another still needs it
     finally:
         dist.destroy_process_group()
 
