@@ -45,8 +45,9 @@ def keep_blocks(
     stream = _seeded_stream(seed)
     for start in range(0, max(M, 1), rows):  # one empty block where M = 0
         keep = buffer[: M - start] if M - start < rows else buffer
-        # Compared into a float: multiplying by a bool mask costs five times as much.
-        torch.ge(_words(stream, keep.numel()).view(keep.shape), _word_threshold(threshold), out=keep)
+        # In place and then into a float: comparing into another dtype makes a temporary, and multiplying by a bool
+        # mask costs five times as much.
+        keep.copy_(_words(stream, keep.numel()).view(keep.shape).ge_(_word_threshold(threshold)))
         yield slice(start, start + keep.shape[0]), keep.to(seed.device)
 
 
