@@ -1,13 +1,12 @@
-"""Patched models under DDP and FSDP2, on two processes: the gradients of stock.
-
-Run by name, `pytest tests/distributed_check.py`: it hangs after the compiler tests of the same process.
-"""
+"""Patched models under DDP and FSDP2, on two processes: the gradients of stock."""
 
 import copy
 import os
 import socket
 import sys
+import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -29,7 +28,7 @@ def worker(rank: int, port: int, wrapper: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
     try:
         inputs = {name: value[rank * 2 : rank * 2 + 2] for name, value in batch().items()}
         stock = lora_model()
@@ -76,4 +75,10 @@ def test_gradients_of_stock(wrapper):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(worker, (port, wrapper), nprocs=WORLD)
+    processes = mp.spawn(worker, (port, wrapper), nprocs=WORLD, join=False)
+    deadline = time.monotonic() + 180
+    while not processes.join(timeout=5):
+        if time.monotonic() > deadline:
+            for process in processes.processes:
+                process.kill()
+            pytest.fail("the processes wait for each other")
