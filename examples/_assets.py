@@ -55,25 +55,36 @@ def read_rows(path: Path, text_column: str, label_column: str) -> list[Row]:
     """The rows of a TSV or CSV file with a header line, or of a JSONL file with one object a line.
 
     Raises:
-        AssetError: no such file, unknown kind of file, a missing column, a line that is not JSON.
+        AssetError: no such file, unknown kind of file, not UTF-8, no rows, a missing column, an empty label, a
+            line that is not JSON.
     """
     if not path.is_file():
-        raise AssetError(f"there is no data file {path}")
+        raise AssetError(f"{path} is not a file" if path.exists() else f"there is no data file {path}")
     kind = path.suffix.lower()
     if kind not in {*_DELIMITERS, ".jsonl"}:
         raise AssetError(f"{path}: a data file ends in .tsv, .csv or .jsonl")
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        records = _json_lines(path, file) if kind == ".jsonl" else csv.DictReader(file, delimiter=_DELIMITERS[kind])
-        rows = []
-        for number, record in enumerate(records, start=1):
-            for column in (text_column, label_column):
-                if record.get(column) is None:
-                    raise AssetError(
-                        f"{path}: row {number} has no column {column!r}, only {sorted(map(str, record))}; "
-                        "name yours with --text-column and --label-column"
-                    )
-            rows.append((str(record[text_column]), str(record[label_column])))
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            records = _json_lines(path, file) if kind == ".jsonl" else csv.DictReader(file, delimiter=_DELIMITERS[kind])
+            rows = [_row(path, number, record, text_column, label_column) for number, record in enumerate(records, 1)]
+    except UnicodeDecodeError:
+        raise AssetError(f"{path}: not UTF-8; save it in that encoding") from None
+    if not rows:
+        raise AssetError(f"{path} has no rows")
     return rows
+
+
+def _row(path: Path, number: int, record: dict, text_column: str, label_column: str) -> Row:
+    for column in (text_column, label_column):
+        if record.get(column) is None:
+            raise AssetError(
+                f"{path}: row {number} has no column {column!r}, only {sorted(map(str, record))}; "
+                "name yours with --text-column and --label-column"
+            )
+    label = str(record[label_column]).strip()
+    if not label:
+        raise AssetError(f"{path}: row {number} has an empty label")
+    return str(record[text_column]), label
 
 
 def _json_lines(path: Path, file: Iterable[str]) -> Iterator[dict]:
@@ -103,14 +114,21 @@ def split(rows: Iterable[Row], held_out: int, seed: int) -> tuple[list[Row], lis
     """Training and held-out rows, cleaned first so that no held-out text is also trained on.
 
     Raises:
-        AssetError: fewer than two labels, or not more than `held_out` rows.
+        AssetError: fewer than two labels or nearly as many as texts, or not more than `held_out` rows.
     """
     rows = clean(rows)
     labels = {label for _, label in rows}
     if len(labels) < 2:
         raise AssetError(f"a classifier needs at least two labels, the data have {sorted(labels)}")
+    if len(labels) > len(rows) / 2:
+        raise AssetError(
+            f"{len(labels)} labels for {len(rows)} different texts: a classifier needs classes, not scores"
+        )
     if not 0 < held_out < len(rows):
-        raise AssetError(f"cannot hold out {held_out} of {len(rows)} different texts; choose another --held-out")
+        raise AssetError(
+            f"cannot hold out {held_out} of {len(rows)} different texts; choose another --held-out, "
+            f"such as {max(1, len(rows) // 5)}"
+        )
     random.Random(seed).shuffle(rows)
     return rows[held_out:], rows[:held_out]
 

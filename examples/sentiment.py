@@ -74,7 +74,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--data", type=Path, help="TSV or CSV with a header line, or JSONL (default: movie-review snippets)")
     add("--text-column", default="text", help="column of --data with the text (default: %(default)s)")
     add("--label-column", default="label", help="column of --data with the label (default: %(default)s)")
-    add("--held-out", type=int, default=1000, help="rows kept for evaluation (default: %(default)s)")
+    add("--held-out", type=int, default=1000, help="different texts kept for evaluation (default: %(default)s)")
     add("--rows", type=int, default=3200, help="most rows to train on (default: %(default)s)")
     add("--max-length", type=int, default=64, help="tokens at which a text is cut (default: %(default)s)")
     add("--method", choices=sorted(METHODS), default="lora", help="PEFT method (default: %(default)s)")
@@ -112,12 +112,17 @@ class Task:
         rows = read_rows(options.data, options.text_column, options.label_column) if options.data else default_rows()
         train, held_out = split(rows, options.held_out, options.seed)
         train = train[: options.rows]
+        if len(train) <= WARM_UP_STEPS * options.batch_size:
+            raise AssetError(
+                f"{len(train)} rows are {math.ceil(len(train) / options.batch_size)} steps an epoch, too few to time: "
+                f"the first {WARM_UP_STEPS} do not count; take a smaller --batch-size or more rows"
+            )
         self.options = options
         self.model_name = options.model or default_model()
         self.labels = sorted({label for _, label in train + held_out})
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(self.model_name)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise AssetError(f"cannot load the model {self.model_name}: {error}") from None
         self.train = self._encode(train)
         # By length, so that a batch of evaluation carries little padding.
@@ -161,7 +166,7 @@ class Task:
     def trainer(self, model: torch.nn.Module, watch: "Watch", **arguments) -> Trainer:
         """A Trainer whose `train()` is one epoch, or `max_steps`; called again, it goes on from there."""
         options = self.options
-        steps = options.epochs * math.ceil(len(self.train) / options.batch_size)
+        steps = arguments.get("max_steps") or options.epochs * math.ceil(len(self.train) / options.batch_size)
         optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.0)
         trainer = Trainer(
             model=model,

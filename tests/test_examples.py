@@ -51,12 +51,15 @@ def test_missing_column_is_named(assets, tmp_path, kind):
         ("data.jsonl", '{"text": "a", "label": 1}\n{', "line 2 is not JSON"),
         ("data.jsonl", "[1]", "line 1 is not a JSON object"),
         ("data.csv", "text,label\nshort", "row 1 has no column 'label'"),
+        ("data.csv", "text,label\ngood,1\nbad, \n", "row 2 has an empty label"),
+        ("data.csv", "text,label\n", "has no rows"),
+        ("data.csv", b"text,label\ncaf\xe9,1\n", "not UTF-8"),
     ],
-    ids=["missing", "unknown kind", "broken json", "json list", "short row"],
+    ids=["missing", "unknown kind", "broken json", "json list", "short row", "empty label", "no rows", "latin-1"],
 )
 def test_unusable_file(assets, tmp_path, name, content, message):
     if content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(assets.AssetError, match=message):
         assets.read_rows(tmp_path / name, "text", "label")
 
