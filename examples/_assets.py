@@ -120,10 +120,8 @@ def split(rows: Iterable[Row], held_out: int, seed: int) -> tuple[list[Row], lis
     labels = {label for _, label in rows}
     if len(labels) < 2:
         raise AssetError(f"a classifier needs at least two labels, the data have {sorted(labels)}")
-    if len(labels) > len(rows) / 2:
-        raise AssetError(
-            f"{len(labels)} labels for {len(rows)} different texts: a classifier needs classes, not scores"
-        )
+    if len(labels) > 2 and len(labels) > len(rows) / 2:
+        raise AssetError(f"{len(labels)} labels for {len(rows)} different texts: these are scores, not classes")
     if not 0 < held_out < len(rows):
         raise AssetError(
             f"cannot hold out {held_out} of {len(rows)} different texts; choose another --held-out, "

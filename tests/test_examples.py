@@ -98,6 +98,11 @@ def test_one_label_only(assets):
         assets.split([("a", "good"), ("b", "good")], 1, seed=0)
 
 
+def test_scores_are_not_classes(assets):
+    with pytest.raises(assets.AssetError, match="3 labels for 3 different texts: these are scores"):
+        assets.split([("a", "0.1"), ("b", "0.2"), ("c", "0.7")], 1, seed=0)
+
+
 @pytest.mark.parametrize("held_out", [0, 2, 3])
 def test_nothing_left_to_train_or_hold_out(assets, held_out):
     with pytest.raises(assets.AssetError, match=f"cannot hold out {held_out} of 2 different texts"):
