@@ -33,10 +33,10 @@ class LoraLinear(nn.Module):
         use_rslora: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(base_layer, nn.Linear):
-            raise ValueError(f"base_layer: expected nn.Linear, got {type(base_layer).__name__}")
-        if r < 1:
-            raise ValueError(f"r: expected a rank of at least 1, got {r}")
+        if type(base_layer) is not nn.Linear:  # a subclass may compute something else
+            raise ValueError(f"base_layer: expected exactly nn.Linear, got {type(base_layer).__name__}")
+        if not isinstance(r, int) or r < 1:
+            raise ValueError(f"r: expected a whole rank of at least 1, got {r!r}")
         if not 0.0 <= lora_dropout < 1.0:
             raise ValueError(f"lora_dropout: must lie in [0, 1), got {lora_dropout}")
         self.base_layer = base_layer.requires_grad_(False)
@@ -77,6 +77,13 @@ class LoraLinear(nn.Module):
 
     def _update(self) -> Tensor:
         return (self.scaling * (self.lora_b.float() @ self.lora_a.float())).to(self.lora_a.dtype)
+
+    def get_extra_state(self) -> dict[str, bool]:
+        """Whether the saved base weight holds the update already."""
+        return {"merged": self.merged}
+
+    def set_extra_state(self, state: dict[str, bool]) -> None:
+        self.merged = state["merged"]
 
     def extra_repr(self) -> str:
         return f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, merged={self.merged}"

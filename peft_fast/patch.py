@@ -7,13 +7,18 @@ whether this call may be fused, and runs stock peft where not. Modules, paramete
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peft_fast import support
 from peft_fast.ops.lora_linear import apply_lora_linear
+
+# Why the last call of a patched layer ran stock, kept beside the layers, whose own state stays as it was.
+_stock_calls: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 class Linear(lora.Linear):
@@ -22,7 +27,11 @@ class Linear(lora.Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         call = "the call has more arguments" if args or kwargs else support.fusable_lora(self, x)
         if isinstance(call, str):
+            if not torch.compiler.is_compiling() and not isinstance(support.fusable_lora(self), str):
+                _stock_calls[self] = call  # what the layer alone would not tell
             return super().forward(x, *args, **kwargs)
+        if _stock_calls and not torch.compiler.is_compiling():
+            _stock_calls.pop(self, None)
         return apply_lora_linear(x, *call)
 
 
@@ -76,16 +85,16 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
 
     Args:
         model: any module that holds peft LoRA layers, such as what `get_peft_model` returns.
-        strict: raise where a layer would stay stock.
+        strict: raise where a layer would stay stock, whatever the call.
 
     Raises ValueError where the model has no layer that can be patched, or, with `strict`, where one stays stock;
     the model is then left as it was.
     """
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     if not any(type(module) in _PATCHES or type(module) in _PATCHED for _, module in layers):
-        found = ", ".join(sorted({type(module).__name__ for _, module in layers})) or "none"
-        raise ValueError(f"model: {type(model).__name__} has no layer to patch; adapter layers found: {found}")
-    stock = [PatchRow(name, "-", "stock", reason) for name, module in layers if (reason := _why_stock(module))]
+        found = ", ".join(sorted({_class_path(module) for _, module in layers})) or "none, call get_peft_model first"
+        raise ValueError(f"model: {type(model).__name__} has no LoRA layer to patch; adapter layers found: {found}")
+    stock = [PatchRow(name, _op(module), "stock", reason) for name, module in layers if (reason := _why_stock(module))]
     if strict and stock:
         raise ValueError(f"model: with strict=True every layer must run fused\n{PatchReport(tuple(stock))}")
     for _, module in layers:
@@ -95,36 +104,46 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
 
 
 def unpatch(model: nn.Module) -> None:
-    """Give every patched layer of `model` its stock class back: the exact undo of `patch`.
-
-    Raises ValueError where no layer of the model is patched.
-    """
-    patched = [module for module in model.modules() if type(module) in _PATCHED]
-    if not patched:
-        raise ValueError(f"model: no layer of {type(model).__name__} is patched")
-    for module in patched:
-        module.__class__ = _PATCHED[type(module)].stock
+    """Give every patched layer of `model` its stock class back: the exact undo of `patch`."""
+    for module in model.modules():
+        if type(module) in _PATCHED:
+            module.__class__ = _PATCHED[type(module)].stock
 
 
 def report(model: nn.Module) -> PatchReport:
     """One row for each adapter layer of `model`: what it runs now and, where that is stock peft, why.
 
-    What only a call can tell (the input's dtype or device) is not seen here.
+    What only a call can tell (the input's size, dtype or device) is known after one: the row of a layer whose last
+    call ran stock says why. Compiled calls leave no trace.
     """
     rows = []
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
-            patch = _PATCHED.get(type(module)) or _PATCHES.get(type(module))
-            reason = _why_stock(module) or ("" if type(module) in _PATCHED else "not patched: call peft_fast.patch")
-            rows.append(PatchRow(name, patch.op if patch else "-", "stock" if reason else "fused", reason))
+            reason = _why_stock(module) or _since_patching(module)
+            rows.append(PatchRow(name, _op(module), "stock" if reason else "fused", reason))
     return PatchReport(tuple(rows))
+
+
+def _since_patching(module: Any) -> str:
+    if type(module) not in _PATCHED:
+        return "not patched: call peft_fast.patch"
+    return f"last call: {_stock_calls[module]}" if module in _stock_calls else ""
+
+
+def _op(module: BaseTunerLayer) -> str:
+    patch = _PATCHED.get(type(module)) or _PATCHES.get(type(module))
+    return patch.op if patch else "-"
+
+
+def _class_path(module: BaseTunerLayer) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"
 
 
 def _why_stock(module: BaseTunerLayer) -> str:
     """Why an adapter layer runs stock even when patched; empty where it runs fused."""
     patch = _PATCHED.get(type(module)) or _PATCHES.get(type(module))
     if patch is None:
-        return f"no fused op for {type(module).__module__}.{type(module).__name__}"
+        return f"no fused op for {_class_path(module)}"
     if "forward" in module.__dict__:
         return "forward is set on the instance (an offload hook?)"
     call = patch.fusable(module)

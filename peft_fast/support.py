@@ -9,6 +9,8 @@ import torch
 import torch.nn.modules.module as _module
 from peft.tuners import lora
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
 PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -25,26 +27,39 @@ MIN_CPU_DROPOUT_ELEMENTS = 1 << 15
 _backend = "auto"
 
 
+_choices: list[list[str]] = []  # of the `with` blocks that are open, the newest last
+_forwards: WeakIdKeyDictionary = WeakIdKeyDictionary()  # lora_a -> the choice of its last forward, once one was made
+
+
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Choose what computes the ops called inside the `with`: "auto", "triton" or "eager".
 
     "auto" takes Triton on CUDA devices of compute capability 8.0 and above and torch calls elsewhere. An explicit
-    choice never falls back: where it cannot serve, the op raises NotImplementedError. The choice is recorded at
-    forward; backward keeps it, wherever it runs. It holds for every thread of the process.
+    choice never falls back: where it cannot serve, the op raises NotImplementedError. It holds for every thread of
+    the process. Backward keeps the choice of forward, wherever it runs, and so does a forward that gradient
+    checkpointing repeats in backward.
     """
     global _backend
     if name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
-    before, _backend = _backend, name
+    choice = [name]
+    _choices.append(choice)
+    _backend = name
     try:
         yield
     finally:
-        _backend = before
+        _choices[:] = [other for other in _choices if other is not choice]
+        _backend = _choices[-1][0] if _choices else "auto"
 
 
-def current_backend() -> str:
-    """The backend chosen by the innermost `backend(...)`."""
+def current_backend(lora_a: Tensor) -> str:
+    """The backend for a call with this factor: that of its forward where one is repeated inside backward."""
+    if torch.compiler.is_compiling() or (not _choices and not _forwards):
+        return _backend
+    if torch._C._current_graph_task_id() != -1:
+        return _forwards.get(lora_a, _backend)
+    _forwards[lora_a] = _backend
     return _backend
 
 
@@ -98,13 +113,19 @@ def runs_plainly(x: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and type(x) in PLAIN_TENSORS
         and torch._C._len_torch_dispatch_stack() == 0
-        and not in_functorch()
+        and not in_transform()
+        and not is_batched(x)
     )
 
 
-def in_functorch() -> bool:
-    """Whether a transform of `torch.func` is active."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+def in_transform() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether x stands for a batch, as `torch.autograd.grad(..., is_grads_batched=True)` makes dy do."""
+    return torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 # What `fusable_lora` returns where a call may be fused: base weight (N, K), lora_a, lora_b, bias, scaling, dropout_p.
@@ -162,34 +183,42 @@ def fusable_lora(layer: lora.Linear, x: Tensor | None = None) -> LoraCall | str:
         return "the base weight requires grad"
     if dropout_p >= 1.0:
         return "dropout drops everything"
+    backend = current_backend(a)
     dtype, factor_dtype = weight.dtype, a.dtype
     if b.dtype is not factor_dtype or dtype not in FLOATING or factor_dtype not in FLOATING:
         return f"the dtypes {dtype}, {factor_dtype} and {b.dtype} are not fused"
     if weight.is_cpu:
         if not (a.is_cpu and b.is_cpu):
             return "base layer and adapter are on different devices"
-    elif reason := _why_not_on_device(weight, a, b):
+    elif reason := _why_not_on_device(weight, a, b, backend):
         return reason
+    scaling = layer.scaling[active]
+    if not isinstance(scaling, (float, int)):
+        return f"the scaling is a {type(scaling).__name__}, not a number"
     matrix = weight.t() if type(base) is Conv1D else weight
-    if x is not None and (reason := _why_not_input(layer, x, matrix, factor_dtype, dropout_p)):
+    if x is not None and (reason := _why_not_input(layer, x, matrix, factor_dtype, dropout_p, backend)):
         return reason
-    return matrix, a, b, bias, layer.scaling[active], dropout_p
+    return matrix, a, b, bias, scaling, dropout_p
 
 
-def _why_not_on_device(weight: Tensor, a: Tensor, b: Tensor) -> str | None:
+def _why_not_on_device(weight: Tensor, a: Tensor, b: Tensor, backend: str) -> str | None:
     device = weight.device
     if a.device != device or b.device != device:
         return "base layer and adapter are on different devices"
-    if _backend == "eager" or not _runs_triton(device):
+    if backend == "auto" and not _runs_triton(device):
         return f"no Triton kernels for {device}"
     return None
 
 
 def _why_not_input(
-    layer: lora.Linear, x: Tensor, weight: Tensor, factor_dtype: torch.dtype, dropout_p: float
+    layer: lora.Linear, x: Tensor, weight: Tensor, factor_dtype: torch.dtype, dropout_p: float, backend: str
 ) -> str | None:
     if type(x) not in PLAIN_TENSORS and not torch.compiler.is_compiling():
         return f"the input is {type(x).__name__}, not a plain Tensor"
+    if x.is_nested or x.layout is not torch.strided:
+        return "the input is not a dense tensor"
+    if not torch.compiler.is_compiling() and x.is_inference() and torch.is_grad_enabled():
+        return "the input was made in inference mode and cannot be saved"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit is tracing"
     dtype, shape = x.dtype, x.shape
@@ -206,11 +235,11 @@ def _why_not_input(
         if not layer.cast_input_dtype_enabled:
             return "casting of the input is switched off"
     if x.is_cpu and weight.is_cpu:
-        small = dropout_p and _backend == "auto" and x.numel() < MIN_CPU_DROPOUT_ELEMENTS
+        small = dropout_p and backend == "auto" and x.numel() < MIN_CPU_DROPOUT_ELEMENTS
         return "too small to gain with dropout" if small else None
     if x.device != weight.device:
         return f"the input is on {x.device}, the layer on {weight.device}"
-    if _backend == "auto" and shape[:-1].numel() * max(weight.shape) < MIN_GPU_ELEMENTS:
+    if backend == "auto" and shape[:-1].numel() * max(weight.shape) < MIN_GPU_ELEMENTS:
         return "too small to gain on this device"
     return None
 

@@ -81,3 +81,16 @@ def test_compiled_dropout_masks_forward_and_backward_alike():
         rates.append(kept / K)
     assert len(set(rates)) > 1
     assert sum(rates) / 3 == pytest.approx(0.75, abs=0.03)
+
+
+def test_dynamic_shapes():
+    inputs = lora_linear_inputs(8, 16, 24, 4)
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def step(x):
+        return lora_linear(x, inputs.weight, inputs.lora_a, inputs.lora_b)
+
+    for M in (8, 9, 17, 33):
+        step(torch.randn(M, 16))
+    assert counter.frame_count <= 2

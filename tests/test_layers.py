@@ -59,8 +59,8 @@ def test_dropout_in_training_alone():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((nn.Conv1d(1, 1, 1), 4, 8), "base_layer: expected nn.Linear, got Conv1d"),
-        ((nn.Linear(2, 2), 0, 8), "r: expected a rank of at least 1, got 0"),
+        ((nn.Conv1d(1, 1, 1), 4, 8), "base_layer: expected exactly nn.Linear, got Conv1d"),
+        ((nn.Linear(2, 2), 0, 8), "r: expected a whole rank of at least 1, got 0"),
         ((nn.Linear(2, 2), 4, 8, 1.5), r"lora_dropout: must lie in \[0, 1\), got 1.5"),
     ],
     ids=["layer", "rank", "dropout"],
@@ -68,3 +68,12 @@ def test_dropout_in_training_alone():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         LoraLinear(*arguments)
+
+
+def test_a_merged_layer_loads_as_merged():
+    merged, fresh = (LoraLinear(nn.Linear(24, 40), 4, 8) for _ in range(2))
+    nn.init.normal_(merged.lora_b)
+    merged.merge()
+    fresh.load_state_dict(merged.state_dict())
+    x = torch.randn(6, 24)
+    assert torch.equal(fresh(x), merged(x))

@@ -372,6 +372,34 @@ class TestStockRuns:
         layer.base_layer.weight.data = whole
         patched(**batch())
 
+    @pytest.mark.parametrize(
+        "scaling", [torch.tensor(1.5, requires_grad=True), torch.full((4,), 2.0)], ids=["learned", "vector"]
+    )
+    def test_scaling_that_is_no_number(self, scaling):
+        patched = patched_copy(lora_model())
+        lora_layers(patched)[0].scaling["default"] = scaling
+        assert "the scaling is a Tensor" in peft_fast.report(patched).rows[0].reason
+
+    @pytest.mark.parametrize("kind", ["inference", "nested", "sparse"])
+    def test_inputs_that_are_not_plain(self, kind):
+        stock = lora_model()
+        x = torch.randn(6, 32)
+        if kind == "inference":
+            with torch.inference_mode():
+                x = x * 1
+        elif kind == "nested":
+            x = torch.nested.nested_tensor([x[:2], x[2:]], layout=torch.jagged)
+        else:
+            x = x.to_sparse()
+        layer, patched = lora_layers(stock)[0], lora_layers(patched_copy(stock))[0]
+        with torch.set_grad_enabled(kind == "inference"):
+            for model in (layer, patched):
+                model.lora_A["default"].requires_grad_(kind != "inference")
+            expected, actual = layer(x), patched(x)
+        if kind == "nested":
+            expected, actual = expected.values(), actual.values()
+        assert torch.equal(actual.detach(), expected.detach())
+
     @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated:DeprecationWarning")
     def test_jit_trace(self):
         model = patched_copy(lora_model())
@@ -491,10 +519,17 @@ class TestReport:
         assert "no fused op for peft.tuners.lora.layer.Embedding" in {row.reason for row in rows}
 
     def test_nothing_to_patch(self):
-        with pytest.raises(ValueError, match=r"BertForSequenceClassification has no layer to patch.*none"):
+        with pytest.raises(ValueError, match=r"BertForSequenceClassification has no LoRA layer.*get_peft_model first"):
             peft_fast.patch(bert())
-        with pytest.raises(ValueError, match="no layer of BertForSequenceClassification is patched"):
-            peft_fast.unpatch(bert())
+        peft_fast.unpatch(bert())
+
+    def test_a_call_too_small_is_reported_until_a_larger_one(self):
+        model = patched_copy(lora_model(lora_dropout=0.1))
+        layer = lora_layers(model)[0]
+        layer(torch.randn(4, 32))
+        assert peft_fast.report(model).rows[0].reason == "last call: too small to gain with dropout"
+        layer(torch.randn(1024, 32))
+        assert peft_fast.report(model).rows[0].state == "fused"
 
     def test_strict_leaves_the_model_untouched(self):
         model = lora_model(use_dora=True)

@@ -41,7 +41,7 @@ def keep_blocks(
     """
     M, K = shape
     rows = max(4, BLOCK_ELEMENTS // max(K, 1) // 4 * 4)  # a multiple of 4: no word is left between blocks
-    buffer = torch.empty(min(rows, M), K, dtype=dtype)
+    buffer = torch.empty(min(rows, M), K, dtype=dtype, device="cpu")
     stream = _seeded_stream(seed)
     for start in range(0, max(M, 1), rows):  # one empty block where M = 0
         keep = buffer[: M - start] if M - start < rows else buffer

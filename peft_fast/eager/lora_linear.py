@@ -34,21 +34,25 @@ def lora_fwd(
     threshold: int,
     seed: Tensor | None,
     *,
-    traced: bool = False,
+    traced: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """y (M, N) and s (M, R) of x (M, K)."""
+    """y (M, N) and s (M, R) of x (M, K).
+
+    Where calls are being recorded, `traced` names the plan whose mask op they take ("eager" but for a backward that
+    Triton cannot serve); elsewhere it is empty.
+    """
     wide = _wide_dtype(lora_a)
     wide_x, a_t, b_t = _cast(x, wide), _cast(lora_a, wide).t(), _cast(lora_b, wide).t()
     if threshold:
         scale, blocks = scaling * keep_scale(threshold), _blocks(seed, x.shape, threshold, wide, traced)
-        parts = [_scaled_mm(keep.mul_(wide_x[rows]), a_t, scale) for rows, keep in blocks]
+        parts = [_scaled_mm(_product(keep, wide_x[rows], traced), a_t, scale, traced) for rows, keep in blocks]
         s = parts[0] if len(parts) == 1 else torch.cat(parts)
     else:
-        s = _scaled_mm(wide_x, a_t, scaling)
+        s = _scaled_mm(wide_x, a_t, scaling, traced)
     if x.dtype is wide:
         y = torch.mm(s, b_t) if bias is None else torch.addmm(bias, s, b_t)
-        return y.addmm_(x, weight.t()), s
-    return F.linear(x, weight, bias).to(wide).addmm_(s, b_t).to(x.dtype), s
+        return _add_mm(y, x, weight.t(), traced), s
+    return _add_mm(F.linear(x, weight, bias).to(wide), s, b_t, traced).to(x.dtype), s
 
 
 def lora_bwd(
@@ -63,7 +67,7 @@ def lora_bwd(
     seed: Tensor | None,
     *,
     needs: tuple[bool, bool, bool, bool],
-    traced: bool = False,
+    traced: str = "",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dA, dB and dbias from dy (M, N), each only where `needs` asks for it.
 
@@ -84,22 +88,25 @@ def lora_bwd(
         wide_a, wide_b = _cast(lora_a, wide), _cast(lora_b, wide)
         scale = scaling * keep_scale(threshold) if threshold else scaling
         # ds = scaling · dy B
-        ds = _scaled_mm(wide_b.t(), wide_dy.t(), scale).t() if transposed else _scaled_mm(wide_dy, wide_b, scale)
+        if transposed:
+            ds = _scaled_mm(wide_b.t(), wide_dy.t(), scale, traced).t()
+        else:
+            ds = _scaled_mm(wide_dy, wide_b, scale, traced)
         if need_x:
             dx = torch.mm(ds, wide_a)
         if threshold:
             wide_x, da = (_cast(x, wide), torch.zeros_like(wide_a)) if need_a else (None, None)
             for rows, keep in _blocks(seed, (dy.shape[0], lora_a.shape[1]), threshold, wide, traced):
                 if need_x:
-                    dx[rows].mul_(keep)
-                if need_a:
-                    da.addmm_(ds[rows].t(), keep.mul_(wide_x[rows]))  # dA = dsᵀ (mask ∘ x)
+                    dx = _scale_rows(dx, rows, keep, traced)
+                if need_a:  # dA = dsᵀ (mask ∘ x)
+                    da = _add_mm(da, ds[rows].t(), _product(keep, wide_x[rows], traced), traced)
         elif need_a:
             da = torch.mm(ds.t(), _cast(x, wide))
         if need_a:
             da = _cast(da, lora_a.dtype)
     if need_x:  # dx = mask ∘ (ds A) + dy W
-        dx = dx.addmm_(dy, weight) if dy.dtype is wide else dx.add_(torch.mm(dy, weight)).to(dy.dtype)
+        dx = _add_mm(dx, dy, weight, traced) if dy.dtype is wide else (dx + torch.mm(dy, weight)).to(dy.dtype)
     return dx, da, db, dbias
 
 
@@ -112,16 +119,34 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
-def _scaled_mm(a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
+def _scaled_mm(a: Tensor, b: Tensor, scale: float | Tensor, traced: str) -> Tensor:
     """scale · a b; a number is the matmul's alpha, since multiplying by one costs as much as two small matmuls."""
-    if isinstance(scale, Tensor):
-        return torch.mm(a, b).mul_(scale)
+    if traced:
+        return torch.mm(a, b) * scale
     return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scale)
 
 
+# Nothing is written in place into what a traced call gave: selective checkpointing keeps it, a batch may stand for it.
+
+
+def _add_mm(out: Tensor, a: Tensor, b: Tensor, traced: str) -> Tensor:
+    return torch.addmm(out, a, b) if traced else out.addmm_(a, b)
+
+
+def _product(keep: Tensor, x: Tensor, traced: str) -> Tensor:
+    return keep * x if traced else keep.mul_(x)
+
+
+def _scale_rows(dx: Tensor, rows: slice, keep: Tensor, traced: str) -> Tensor:
+    if traced:  # rows are all rows
+        return dx * keep
+    dx[rows].mul_(keep)
+    return dx
+
+
 def _blocks(
-    seed: Tensor, shape: Sequence[int], threshold: int, dtype: torch.dtype, traced: bool
+    seed: Tensor, shape: Sequence[int], threshold: int, dtype: torch.dtype, traced: str
 ) -> Iterable[tuple[slice, Tensor]]:
     if traced:
-        return [(slice(None), torch.ops.peft_fast.dropout_mask(seed, shape, threshold, "eager").to(dtype))]
+        return [(slice(None), torch.ops.peft_fast.dropout_mask(seed, shape, threshold, traced).to(dtype))]
     return keep_blocks(seed, shape, threshold, dtype)

@@ -17,22 +17,22 @@ def _validate(
     lora_a: Tensor,
     lora_b: Tensor,
     bias: Tensor | None,
+    scaling: float,
     dropout_p: float,
     seed: Tensor | None,
 ) -> None:
     tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
     if bias is not None:
         tensors["bias"] = bias
-    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
     if x.dim() == 0 or any(tensor.dim() != 2 for tensor in (weight, lora_a, lora_b)):
-        raise ValueError(f"lora_linear: expected x (..., K), weight (N, K), lora_a (R, K), lora_b (N, R), got {shapes}")
+        raise ValueError(_misfit("the number of dimensions", tensors))
     (N, K), R = weight.shape, lora_a.shape[0]
     expected = {"x": (*x.shape[:-1], K), "lora_a": (R, K), "lora_b": (N, R), "bias": (N,)}
     for name, shape in expected.items():
         if name in tensors and tensors[name].shape != shape:
-            raise ValueError(f"lora_linear: {name} does not fit: expected {shape}, got {shapes}")
+            raise ValueError(_misfit(name, tensors))
     if R == 0:
-        raise ValueError(f"lora_linear: lora_a has rank 0, expected at least 1, got {shapes}")
+        raise ValueError(_misfit("rank 0", tensors))
     for name, tensor in tensors.items():
         if tensor.dtype not in support.FLOATING:
             raise ValueError(f"lora_linear: {name} has dtype {tensor.dtype}, expected a floating-point one")
@@ -47,12 +47,20 @@ def _validate(
             raise ValueError(_dtypes("float64 x needs float64 factors", tensors))
     if weight.requires_grad:
         raise ValueError("lora_linear: weight requires grad, but the op keeps it frozen; pass weight.detach()")
+    if not isinstance(scaling, (float, int)):
+        raise ValueError(f"lora_linear: scaling must be a number, got {type(scaling).__name__}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"lora_linear: dropout_p must lie in [0, 1), got {dropout_p}")
     if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device):
         raise ValueError(
             f"lora_linear: seed must be one int64 on {x.device}, got {tuple(seed.shape)} {seed.dtype} on {seed.device}"
         )
+
+
+def _misfit(what: str, tensors: dict[str, Tensor]) -> str:
+    found = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+    expected = "x (..., K), weight (N, K), lora_a (R, K), lora_b (N, R), bias (N,)"
+    return f"lora_linear: {what} does not fit: expected {expected}, got {found}"
 
 
 def _dtypes(rule: str, tensors: dict[str, Tensor]) -> str:
@@ -69,7 +77,7 @@ _LIBRARY.define(
     "int threshold, Tensor? seed, str plan) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
-    "lora_linear_bwd(Tensor dy, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? s, Tensor scaling, "
+    "lora_linear_bwd(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor? s, Tensor scaling, "
     "int threshold, Tensor? seed, bool[] needs, str plan) -> Tensor[]"
 )
 _LIBRARY.define("dropout_mask(Tensor seed, SymInt[] shape, int threshold, str plan) -> Tensor")
@@ -87,12 +95,14 @@ def _launch_fwd(
     plan: str,
     traced: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    args = (x, weight, lora_a, lora_b, bias, scaling, threshold, seed)
     if plan == "eager":
-        return eager.lora_fwd(*args, traced=traced)
+        traced_plan = plan if traced else ""
+        return eager.lora_fwd(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, traced=traced_plan)
     if traced:
-        return torch.ops.peft_fast.lora_linear_fwd(*args, plan)
-    return _kernels().lora_fwd(*args, plan=plan)
+        scale = _as_tensor(scaling, x)
+        return torch.ops.peft_fast.lora_linear_fwd(x, weight, lora_a, lora_b, bias, scale, threshold, seed, plan)
+    tensors = _resolve(x, weight, lora_a, lora_b, bias)
+    return _kernels().lora_fwd(*tensors, scaling, threshold, seed, plan=plan)
 
 
 def _launch_bwd(
@@ -110,13 +120,31 @@ def _launch_bwd(
     traced: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     args = (dy, x, weight, lora_a, lora_b, s, scaling, threshold, seed)
-    if plan == "eager":
-        return eager.lora_bwd(*args, needs=needs, traced=traced)
+    if plan == "eager" or support.is_batched(dy):
+        return eager.lora_bwd(*args, needs=needs, traced=plan if traced else "")
     if traced:
+        args = (dy, x, weight, lora_a, lora_b, s, _as_tensor(scaling, dy), threshold, seed)
         needed = iter(torch.ops.peft_fast.lora_linear_bwd(*args, needs, plan))
         dx, da, db, dbias = (next(needed) if need else None for need in needs)
         return dx, da, db, dbias
-    return _kernels().lora_bwd(*args, needs=needs, plan=plan)
+    tensors = _resolve(dy, x, weight, lora_a, lora_b)
+    return _kernels().lora_bwd(*tensors, s, scaling, threshold, seed, needs=needs, plan=plan)
+
+
+def _resolve(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Kernels read storage as it is, so a pending minus sign is carried out first."""
+    return [tensor if tensor is None else tensor.resolve_neg() for tensor in tensors]
+
+
+def _as_tensor(scaling: float | Tensor, like: Tensor) -> Tensor:
+    """`scaling` as a 0-d tensor: as a float of a schema each value would compile the graph again.
+
+    A product rather than `full`, which a compiler would specialise as well.
+    """
+    if isinstance(scaling, Tensor):
+        return scaling
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.ones((), dtype=wide, device=like.device) * scaling
 
 
 def _kernels() -> Any:
@@ -149,7 +177,7 @@ def _fake_fwd(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan):
 
 @torch.library.register_fake("peft_fast::lora_linear_bwd", lib=_LIBRARY)
 def _fake_bwd(dy, x, weight, lora_a, lora_b, s, scaling, threshold, seed, needs, plan):
-    (M, N), K = dy.shape, weight.shape[1]
+    (M, N), K = dy.shape, lora_a.shape[1]
     grads = (
         dy.new_empty(M, K),
         torch.empty_like(lora_a, memory_format=torch.contiguous_format),
@@ -172,8 +200,10 @@ class _LoraLinear(torch.autograd.Function):
         shape = x.shape
         rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
         y, s = _launch_fwd(rows, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan, traced)
-        _, _, need_a, need_b, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(x if need_a else None, weight, lora_a, lora_b, s if need_b else None, seed)
+        need_x, _, need_a, need_b, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if need_a else None, weight if need_x else None, lora_a, lora_b, s if need_b else None, seed
+        )
         ctx.x_shape, ctx.scaling, ctx.threshold, ctx.plan = shape, scaling, threshold, plan
         # Not a view in autograd's eyes: the caller may change y in place.
         return y if len(shape) == 2 else torch.ops.aten._unsafe_view.default(y, (*shape[:-1], y.shape[1]))
@@ -183,9 +213,8 @@ class _LoraLinear(torch.autograd.Function):
         need_x, _, need_a, need_b, need_bias, *_ = ctx.needs_input_grad
         needs = (need_x, need_a, need_b, need_bias)
         x, weight, lora_a, lora_b, s, seed = _saved_tensors(ctx)
-        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(
-            dy.device.type
-        ):  # backward called inside an autocast region
+        # Backward may be called inside an autocast region.
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(dy.device.type):
             with torch.autocast(dy.device.type, enabled=False):
                 dx, da, db, dbias = _backward(ctx, dy, x, weight, lora_a, lora_b, s, seed, needs)
         else:
@@ -228,11 +257,13 @@ def _differentiable_bwd(ctx, dy, x, weight, lora_a, lora_b, seed, needs):
                 "let lora_a require grad, or take this model back with peft_fast.unpatch(model)"
             )
         x = dy.new_zeros(ctx.x_shape, requires_grad=True)  # dx does not depend on x
+    if weight is None:
+        weight = dy.new_zeros(lora_b.shape[0], lora_a.shape[1])  # nor do dA and dB on the weight
     inputs = [tensor for tensor, need in ((x, need_x), (lora_a, need_a), (lora_b, need_b)) if need]
     y = _differentiable(x, weight, lora_a, lora_b, None, ctx.scaling, ctx.threshold, seed, ctx.plan)
     grads = iter(torch.autograd.grad(y, inputs, dy, create_graph=True) if inputs else ())
     dx, da, db = (next(grads) if need else None for need in (need_x, need_a, need_b))
-    return dx, da, db, dy.flatten(0, -2).sum(0) if need_bias else None
+    return dx, da, db, dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None
 
 
 def _differentiable(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan):
@@ -301,7 +332,7 @@ def lora_linear(
     Raises ValueError where shapes, dtypes or devices do not fit, where weight requires grad or dropout_p is out of
     range, NotImplementedError where an explicit `backend` cannot serve.
     """
-    _validate(x, weight, lora_a, lora_b, bias, dropout_p, seed)
+    _validate(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
     return apply_lora_linear(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
 
 
@@ -314,25 +345,25 @@ def apply_lora_linear(
     scaling: float,
     dropout_p: float,
     seed: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """`lora_linear` for arguments that are known to fit: what patched layers call."""
+    backend = backend or support.current_backend(lora_a)
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, lora_a, lora_b = (tensor.to(dtype) for tensor in (x, weight, lora_a, lora_b))
         bias = bias if bias is None else bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return apply_lora_linear(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
+            return apply_lora_linear(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend)
     threshold = reference.drop_threshold(dropout_p) if dropout_p else 0
     if threshold and seed is None:
         seed = eager.draw_seed(x.device)
-    backend = support.current_backend()
     if support.runs_plainly(x):
         plan = support.choose_plan(x, backend)
         return _LoraLinear.apply(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan, False)
-    if not torch.compiler.is_compiling() and support.in_functorch():
+    if not torch.compiler.is_compiling() and support.in_transform():
         plan = support.choose_plan(x, backend)
         return _differentiable(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan)
-    # A 0-d tensor rather than a float, and a product rather than `full`: new scalings then share one more graph.
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    scale = torch.ones((), dtype=wide, device=x.device) * scaling
-    return torch.ops.peft_fast.lora_linear(x, weight, lora_a, lora_b, bias, scale, threshold, seed, backend)
+    return torch.ops.peft_fast.lora_linear(
+        x, weight, lora_a, lora_b, bias, _as_tensor(scaling, x), threshold, seed, backend
+    )
