@@ -7,7 +7,6 @@ whether this call may be fused, and runs stock peft where not. Modules, paramete
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners import lora
@@ -17,21 +16,21 @@ from torch import Tensor, nn
 from peft_fast import support
 from peft_fast.ops.lora_linear import apply_lora_linear
 
-# Why the last call of a patched layer ran stock, kept beside the layers, whose own state stays as it was.
-_stock_calls: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+# The attribute of a patched layer that says why its last call ran stock; `unpatch` removes it.
+_STOCK_CALL = "_peft_fast_stock_call"
 
 
 class Linear(lora.Linear):
     """peft's LoRA layer with a fused forward. Its name is peft's, so that a patched model prints as it did."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        call = "the call has more arguments" if args or kwargs else support.fusable_lora(self, x)
+        call = "last call: it had more arguments" if args or kwargs else support.fusable_lora(self, x)
         if isinstance(call, str):
-            if not torch.compiler.is_compiling() and not isinstance(support.fusable_lora(self), str):
-                _stock_calls[self] = call  # what the layer alone would not tell
+            if not torch.compiler.is_compiling():
+                self.__dict__[_STOCK_CALL] = call
             return super().forward(x, *args, **kwargs)
-        if _stock_calls and not torch.compiler.is_compiling():
-            _stock_calls.pop(self, None)
+        if not torch.compiler.is_compiling():
+            self.__dict__.pop(_STOCK_CALL, None)
         return apply_lora_linear(x, *call)
 
 
@@ -108,6 +107,7 @@ def unpatch(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) in _PATCHED:
             module.__class__ = _PATCHED[type(module)].stock
+            module.__dict__.pop(_STOCK_CALL, None)
 
 
 def report(model: nn.Module) -> PatchReport:
@@ -127,7 +127,8 @@ def report(model: nn.Module) -> PatchReport:
 def _since_patching(module: Any) -> str:
     if type(module) not in _PATCHED:
         return "not patched: call peft_fast.patch"
-    return f"last call: {_stock_calls[module]}" if module in _stock_calls else ""
+    reason = module.__dict__.get(_STOCK_CALL, "")
+    return reason if reason.startswith("last call") else ""  # another reason holds no longer
 
 
 def _op(module: BaseTunerLayer) -> str:

@@ -135,8 +135,8 @@ LoraCall = tuple[Tensor, Tensor, Tensor, Tensor | None, float, float]
 def fusable_lora(layer: lora.Linear, x: Tensor | None = None) -> LoraCall | str:
     """The arguments of `lora_linear` for a call of a peft LoRA layer on x, or the reason why stock peft must run.
 
-    Without x, only what the layer itself tells is looked at. Asked at every call, so every line is cheap: modules
-    are read from the dictionaries in which `nn.Module` keeps them.
+    Without x, only what the layer itself tells is looked at; what x tells begins with "last call". Asked at every
+    call, so every line is cheap: modules are read from the dictionaries in which `nn.Module` keeps them.
     """
     if layer._disable_adapters:
         return "adapters are disabled"
@@ -165,6 +165,15 @@ def fusable_lora(layer: lora.Linear, x: Tensor | None = None) -> LoraCall | str:
         dropout_p = 0.0
     else:
         return f"the dropout is {type(dropout).__name__}, not Dropout"
+    # Asked before the rest, since here each microsecond is a loss.
+    if (
+        dropout_p
+        and x is not None
+        and x.numel() < MIN_CPU_DROPOUT_ELEMENTS
+        and x.is_cpu
+        and current_backend(lora_a._parameters.get("weight")) == "auto"
+    ):
+        return "last call: too small to gain with dropout"
     for module in (base, lora_a, lora_b, dropout):
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return f"{type(module).__name__} inside the layer has hooks"
@@ -196,8 +205,8 @@ def fusable_lora(layer: lora.Linear, x: Tensor | None = None) -> LoraCall | str:
     if not isinstance(scaling, (float, int)):
         return f"the scaling is a {type(scaling).__name__}, not a number"
     matrix = weight.t() if type(base) is Conv1D else weight
-    if x is not None and (reason := _why_not_input(layer, x, matrix, factor_dtype, dropout_p, backend)):
-        return reason
+    if x is not None and (reason := _why_not_input(layer, x, matrix, factor_dtype, backend)):
+        return f"last call: {reason}"
     return matrix, a, b, bias, scaling, dropout_p
 
 
@@ -211,7 +220,7 @@ def _why_not_on_device(weight: Tensor, a: Tensor, b: Tensor, backend: str) -> st
 
 
 def _why_not_input(
-    layer: lora.Linear, x: Tensor, weight: Tensor, factor_dtype: torch.dtype, dropout_p: float, backend: str
+    layer: lora.Linear, x: Tensor, weight: Tensor, factor_dtype: torch.dtype, backend: str
 ) -> str | None:
     if type(x) not in PLAIN_TENSORS and not torch.compiler.is_compiling():
         return f"the input is {type(x).__name__}, not a plain Tensor"
@@ -235,8 +244,7 @@ def _why_not_input(
         if not layer.cast_input_dtype_enabled:
             return "casting of the input is switched off"
     if x.is_cpu and weight.is_cpu:
-        small = dropout_p and backend == "auto" and x.numel() < MIN_CPU_DROPOUT_ELEMENTS
-        return "too small to gain with dropout" if small else None
+        return None
     if x.device != weight.device:
         return f"the input is on {x.device}, the layer on {weight.device}"
     if backend == "auto" and shape[:-1].numel() * max(weight.shape) < MIN_GPU_ELEMENTS:

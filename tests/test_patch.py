@@ -458,6 +458,8 @@ class TestNothingElseChanges:
         classes = [type(module) for module in model.modules()]
         instances = [dict(module.__dict__) for module in lora_layers(model)]
         peft_fast.patch(model)
+        with model.disable_adapter():
+            model(**batch())
         peft_fast.unpatch(model)
         assert [type(module) for module in model.modules()] == classes
         assert all(

@@ -13,6 +13,7 @@ is being traced, the mask is one opaque op and everything else is aten calls tha
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -119,7 +120,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
-def _scaled_mm(a: Tensor, b: Tensor, scale: float | Tensor, traced: str) -> Tensor:
+def _scaled_mm(a: Tensor, b: Tensor, scale: Any, traced: str) -> Tensor:
     """scale · a b; a number is the matmul's alpha, since multiplying by one costs as much as two small matmuls."""
     if traced:
         return torch.mm(a, b) * scale
