@@ -6,59 +6,73 @@ import torch
 from peft_fast import eager, reference
 from peft_fast.eager import dropout
 
-P = 0.1
-THRESHOLD = reference.drop_threshold(P)
+# One rate of each kind: points alone, and bytes with points for the rest.
+RATES = pytest.mark.parametrize("p", [0.1, 0.3])
 
 
-def dropped(seed: int, M: int, K: int) -> torch.Tensor:
-    return (~eager.dropout_mask(torch.tensor([seed]), (M, K), THRESHOLD)).double()
+def dropped(p: float, seed: int, M: int, K: int) -> torch.Tensor:
+    return (~eager.dropout_mask(torch.tensor([seed]), (M, K), reference.drop_threshold(p))).double()
 
 
-def assert_rate(rates: torch.Tensor, n: int) -> None:
+def assert_rate(rates: torch.Tensor, p: float, n: int) -> None:
     """Each rate over n elements lies within 5 standard deviations of p."""
-    assert (rates - P).abs().max() < 5 * (P * (1 - P) / n) ** 0.5
+    assert (rates - p).abs().max() < 5 * (p * (1 - p) / n) ** 0.5
 
 
-def test_rate_per_column_modulo_four():
-    # Four 16-bit words share one 64-bit draw: a bit that is never set shows in one column of four.
-    mask = dropped(3, 4096, 256)
-    assert_rate(mask.view(4096, 64, 4).mean(dim=(0, 1)), 4096 * 64)
+@pytest.mark.parametrize("p", [2**-16, 0.01, 0.1, 0.125, 0.3, 0.5, 0.9], ids=str)
+def test_rate(p):
+    assert_rate(dropped(p, 2, 4096, 1024).mean(), p, 4096 * 1024)
 
 
-def test_rate_per_row_and_column():
-    mask = dropped(4, 2048, 2048)
-    assert_rate(mask.mean(0), 2048)
-    assert_rate(mask.mean(1), 2048)
+@RATES
+def test_rate_per_column_modulo_eight(p):
+    # Eight bytes share one 64-bit draw: a bit that is never set shows in one column of eight.
+    assert_rate(dropped(p, 3, 4096, 256).view(4096, 32, 8).mean(dim=(0, 1)), p, 4096 * 32)
 
 
-def test_neighbours_are_independent():
-    mask = dropped(5, 2048, 512) - P
+@RATES
+def test_rate_per_row_and_column(p):
+    mask = dropped(p, 4, 2048, 2048)
+    assert_rate(mask.mean(0), p, 2048)
+    assert_rate(mask.mean(1), p, 2048)
+
+
+@RATES
+def test_the_number_dropped_varies_as_that_of_independent_elements(p):
+    # Of points without their Poisson count, or of bytes alone, the variance would be another.
+    n, masks = 4096, 1000
+    counts = torch.tensor([dropped(p, seed, 1, n).sum() for seed in range(masks)])
+    assert abs(counts.var() / (n * p * (1 - p)) - 1) < 5 * (2 / masks) ** 0.5
+
+
+@RATES
+def test_neighbours_are_independent(p):
+    mask = dropped(p, 5, 2048, 512) - p
     n = mask.numel()
-    for shifted in (mask.roll(1, 0), mask.roll(1, 1), mask.roll(4, 1)):
-        assert (mask * shifted).mean().abs() < 5 * P * (1 - P) / n**0.5
+    for shifted in (mask.roll(1, 0), mask.roll(1, 1), mask.roll(8, 1)):
+        assert (mask * shifted).mean().abs() < 5 * p * (1 - p) / n**0.5
 
 
+@RATES
 @pytest.mark.parametrize("other", [1, 2, 2**32, 2**62], ids=["next", "two-on", "high-word", "high-bit"])
-def test_seeds_give_independent_masks(other):
-    first, second = dropped(7, 1024, 256) - P, dropped(7 + other, 1024, 256) - P
-    assert (first * second).mean().abs() < 5 * P * (1 - P) / first.numel() ** 0.5
+def test_seeds_give_independent_masks(p, other):
+    first, second = dropped(p, 7, 1024, 256) - p, dropped(p, 7 + other, 1024, 256) - p
+    assert (first * second).mean().abs() < 5 * p * (1 - p) / first.numel() ** 0.5
 
 
+@RATES
 @pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 7), (1000, 384), (5, 300_000)], ids=str)
-def test_blocks_are_the_mask(shape):
-    # (1000, 384) spans two blocks and (5, 300000) one block for every four rows.
-    seed = torch.tensor([11])
-    blocks = [keep.clone() for _, keep in dropout.keep_blocks(seed, shape, THRESHOLD, torch.float32)]
-    assert torch.equal(torch.cat(blocks).bool(), eager.dropout_mask(seed, shape, THRESHOLD))
-
-
-def test_block_height_does_not_change_the_mask(monkeypatch):
-    seed = torch.tensor([12])
-    mask = eager.dropout_mask(seed, (100, 30), THRESHOLD)
-    monkeypatch.setattr(dropout, "BLOCK_ELEMENTS", 300)
-    blocks = [keep.clone() for _, keep in dropout.keep_blocks(seed, (100, 30), THRESHOLD, torch.float64)]
-    assert len(blocks) > 5
-    assert torch.equal(torch.cat(blocks).bool(), mask)
+def test_blocks_are_the_mask(p, shape):
+    # (1000, 384) spans two blocks, and each row of (5, 300000) is one.
+    seed, threshold = torch.tensor([11]), reference.drop_threshold(p)
+    mask = eager.dropout_mask(seed, shape, threshold)
+    x = torch.randn(shape[::-1]).t()
+    new, in_place = [], x.clone(memory_format=torch.contiguous_format)
+    for rows, block in dropout.dropped_blocks(seed, shape, threshold):
+        new.append(block.masked(x[rows]))
+        block.mask_(in_place[rows])
+    assert torch.equal(torch.cat(new), x * mask)
+    assert torch.equal(in_place, x * mask)
 
 
 def test_extreme_thresholds():

@@ -1,10 +1,16 @@
-"""Dropout masks of the eager backend: 16-bit random words from a generator seeded by a tensor.
+"""Dropout masks of the eager backend, made from a seed: nothing but the seed is kept for backward.
 
-Element i of a mask, counted along its rows, is decided by the i-th 16-bit word of a stream, so that the same seed
-gives the same mask in forward, in backward and in a recomputation, in blocks of any height. `F.dropout` on the CPU
-draws one Bernoulli variable after the other; four words from one 64-bit draw cost a tenth of that. SFC64 is the
-fastest of numpy's generators, twice as fast as torch's, and all its 64 bits are random: bit 63 of an int64
-`Tensor.random_()` never is.
+`F.dropout` on the CPU draws one Bernoulli variable after the other and costs as much as a large matmul. Here the
+number of random words is what is saved, in two ways that are both exact:
+
+    points   A Poisson process with -log(1 - q) points for each element hits an element at least once with
+             probability q, independently of the others. So to drop with a small q, draw the number of points, then
+             that many indices with equal probability, and drop what they hit: q words an element, not one.
+    bytes    Above an eighth, each element has a random byte and is dropped if it lies below floor(256 p); points
+             drop the small rest.
+
+The same seed gives the same mask in forward, in backward and in a recomputation. SFC64 is the fastest of numpy's
+generators, twice as fast as torch's.
 """
 
 import math
@@ -15,10 +21,47 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# One block of fp32 activations stays in the cache while it is masked and multiplied.
+# One block of fp32 activations stays in the cache while it is masked and multiplied. It is small enough, too, for a
+# 32-bit word times its size to pick an element with equal probability, to 2^-14 of that probability.
 BLOCK_ELEMENTS = 1 << 18
+BYTES_FROM = 1 << 13  # of 2^16, an eighth: bytes, of a fixed cost, then cost less than points
 
 _thread = threading.local()
+
+
+class Dropped:
+    """What is dropped of one block of rows: where `keep`, if there is one, is False, and at the indices `points`."""
+
+    __slots__ = ("keep", "points")
+
+    def __init__(self, keep: Tensor | None, points: np.ndarray) -> None:
+        self.keep, self.points = keep, points
+
+    def masked(self, x: Tensor) -> Tensor:
+        """mask ∘ x, contiguous and new."""
+        keep = self._keep(x)
+        out = x.clone(memory_format=torch.contiguous_format) if keep is None else torch.mul(keep, x)
+        return self._without_points(out)
+
+    def mask_(self, x: Tensor) -> None:
+        """x = mask ∘ x in place; x contiguous."""
+        keep = self._keep(x)
+        if keep is not None:
+            x.mul_(keep)
+        self._without_points(x)
+
+    def _keep(self, x: Tensor) -> Tensor | None:
+        """`keep` in x's type: multiplying by booleans costs five times as much."""
+        if self.keep is not None:
+            self.keep = self.keep.to(x.device, x.dtype)
+        return self.keep
+
+    def _without_points(self, x: Tensor) -> Tensor:
+        if x.is_cpu:  # half the time of index_fill_
+            x.view(-1).numpy()[self.points] = 0
+        else:
+            x.view(-1).index_fill_(0, torch.from_numpy(self.points).to(x.device), 0)
+        return x
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -27,48 +70,47 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def dropout_mask(seed: Tensor, shape: Sequence[int], threshold: int) -> Tensor:
-    """The mask that `seed` stands for: a boolean tensor of `shape` on seed's device, True where x is kept."""
-    n = math.prod(shape)
-    return (_words(_seeded_stream(seed), n) >= _word_threshold(threshold)).view(shape).to(seed.device)
+    """The mask that `seed` stands for: a boolean (M, K) tensor on seed's device, True where x is kept."""
+    mask = torch.ones(shape, dtype=torch.bool)
+    for rows, dropped in dropped_blocks(seed, shape, threshold):
+        dropped.mask_(mask[rows])
+    return mask.to(seed.device)
 
 
-def keep_blocks(
-    seed: Tensor, shape: Sequence[int], threshold: int, dtype: torch.dtype
-) -> Iterator[tuple[slice, Tensor]]:
-    """The mask of an (M, K) tensor in blocks of rows: (rows, 1.0 where x is kept and 0.0 where not).
-
-    The blocks share one buffer, which the caller may overwrite.
-    """
+def dropped_blocks(seed: Tensor, shape: Sequence[int], threshold: int) -> Iterator[tuple[slice, Dropped]]:
+    """What dropout with p = threshold / 2^16 drops of an (M, K) activation, in blocks of rows."""
     M, K = shape
-    rows = max(4, BLOCK_ELEMENTS // max(K, 1) // 4 * 4)  # a multiple of 4: no word is left between blocks
-    buffer = torch.empty(min(rows, M), K, dtype=dtype, device="cpu")
-    stream = _seeded_stream(seed)
-    for start in range(0, max(M, 1), rows):  # one empty block where M = 0
-        keep = buffer[: M - start] if M - start < rows else buffer
-        # In place and then into a float: comparing into another dtype makes a temporary, and multiplying by a bool
-        # mask costs five times as much.
-        keep.copy_(_words(stream, keep.numel()).view(keep.shape).ge_(_word_threshold(threshold)))
-        yield slice(start, start + keep.shape[0]), keep.to(seed.device)
+    height = max(1, BLOCK_ELEMENTS // max(K, 1))
+    level = threshold >> 8 if threshold >= BYTES_FROM else 0
+    points_per_element = -math.log1p(-(threshold - (level << 8)) / (65536 - (level << 8)))
+    stream, generator = _seeded(seed)
+    for start in range(0, max(M, 1), height):  # one empty block where M = 0
+        rows = min(height, M - start)
+        keep = None
+        if level:
+            words = stream.random_raw((rows * K + 7) // 8).view(np.int8)[: rows * K]
+            keep = torch.from_numpy(words).view(rows, K).ge_(level - 128).view(torch.bool)
+        yield slice(start, start + rows), Dropped(keep, _points(stream, generator, points_per_element, rows * K))
 
 
-def _seeded_stream(seed: Tensor) -> np.random.SFC64:
+def _points(stream: np.random.SFC64, generator: np.random.Generator, density: float, n: int) -> np.ndarray:
+    """The elements of range(n) that a Poisson process with `density` points for each hits; some more than once."""
+    count = generator.poisson(density * n)
+    words = stream.random_raw((count + 1) // 2).view(np.uint32)[:count]
+    index = np.multiply(words, n, dtype=np.int64)
+    index >>= 32
+    return index
+
+
+def _seeded(seed: Tensor) -> tuple[np.random.SFC64, np.random.Generator]:
     """This thread's generator, set to `seed`; setting the state takes half the time of making a generator."""
     value = int(seed.item()) & 0xFFFFFFFFFFFFFFFF
     stream = getattr(_thread, "stream", None)
     if stream is None:
         stream = _thread.stream = np.random.SFC64()
+        _thread.generator = np.random.Generator(stream)
         _thread.state = stream.state
     _thread.state["state"]["state"][:] = (value, value, value, 1)
     stream.state = _thread.state
     stream.random_raw(12, output=False)  # the generator's own seeding rule: mix for 12 rounds
-    return stream
-
-
-def _words(stream: np.random.SFC64, n: int) -> Tensor:
-    """The next n int16 words of the stream; n is a multiple of 4 but for the last call."""
-    return torch.from_numpy(stream.random_raw(max(1, (n + 3) // 4))).view(torch.int16)[:n]
-
-
-def _word_threshold(threshold: int) -> int:
-    """Of 65536 equally likely signed words, `threshold` lie below this one."""
-    return threshold - (1 << 15)
+    return stream, _thread.generator

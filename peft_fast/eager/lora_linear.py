@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_fast.eager.dropout import keep_blocks
+from peft_fast.eager.dropout import Dropped, dropped_blocks
 from peft_fast.reference import keep_scale
 
 SMALL_DY = 1 << 12
@@ -46,7 +46,7 @@ def lora_fwd(
     wide_x, a_t, b_t = _cast(x, wide), _cast(lora_a, wide).t(), _cast(lora_b, wide).t()
     if threshold:
         scale, blocks = scaling * keep_scale(threshold), _blocks(seed, x.shape, threshold, wide, traced)
-        parts = [_scaled_mm(_product(keep, wide_x[rows], traced), a_t, scale, traced) for rows, keep in blocks]
+        parts = [_scaled_mm(dropped.masked(wide_x[rows]), a_t, scale, traced) for rows, dropped in blocks]
         s = parts[0] if len(parts) == 1 else torch.cat(parts)
     else:
         s = _scaled_mm(wide_x, a_t, scaling, traced)
@@ -96,12 +96,15 @@ def lora_bwd(
         if need_x:
             dx = torch.mm(ds, wide_a)
         if threshold:
-            wide_x, da = (_cast(x, wide), torch.zeros_like(wide_a)) if need_a else (None, None)
-            for rows, keep in _blocks(seed, (dy.shape[0], lora_a.shape[1]), threshold, wide, traced):
-                if need_x:
-                    dx = _scale_rows(dx, rows, keep, traced)
+            wide_x = _cast(x, wide) if need_a else None
+            for rows, dropped in _blocks(seed, (dy.shape[0], lora_a.shape[1]), threshold, wide, traced):
+                if need_x and isinstance(dropped, Dropped):
+                    dropped.mask_(dx[rows])
+                elif need_x:  # traced: rows are all rows
+                    dx = dropped.masked(dx)
                 if need_a:  # dA = dsᵀ (mask ∘ x)
-                    da = _add_mm(da, ds[rows].t(), _product(keep, wide_x[rows], traced), traced)
+                    ds_t, masked_x = ds[rows].t(), dropped.masked(wide_x[rows])
+                    da = torch.mm(ds_t, masked_x) if da is None else da.addmm_(ds_t, masked_x)
         elif need_a:
             da = torch.mm(ds.t(), _cast(x, wide))
         if need_a:
@@ -134,20 +137,19 @@ def _add_mm(out: Tensor, a: Tensor, b: Tensor, traced: str) -> Tensor:
     return torch.addmm(out, a, b) if traced else out.addmm_(a, b)
 
 
-def _product(keep: Tensor, x: Tensor, traced: str) -> Tensor:
-    return keep * x if traced else keep.mul_(x)
+class _Mask:
+    """What is dropped, as a traced graph has it: a mask of all rows."""
 
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
 
-def _scale_rows(dx: Tensor, rows: slice, keep: Tensor, traced: str) -> Tensor:
-    if traced:  # rows are all rows
-        return dx * keep
-    dx[rows].mul_(keep)
-    return dx
+    def masked(self, x: Tensor) -> Tensor:
+        return x * self.mask
 
 
 def _blocks(
     seed: Tensor, shape: Sequence[int], threshold: int, dtype: torch.dtype, traced: str
-) -> Iterable[tuple[slice, Tensor]]:
+) -> Iterable[tuple[slice, Dropped | _Mask]]:
     if traced:
-        return [(slice(None), torch.ops.peft_fast.dropout_mask(seed, shape, threshold, traced).to(dtype))]
-    return keep_blocks(seed, shape, threshold, dtype)
+        return [(slice(None), _Mask(torch.ops.peft_fast.dropout_mask(seed, shape, threshold, traced).to(dtype)))]
+    return dropped_blocks(seed, shape, threshold)
