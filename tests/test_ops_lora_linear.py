@@ -93,6 +93,15 @@ def test_several_dropout_blocks():
     assert_op_within_budget(lora_linear_inputs(1500, 400, 32, 4), "eager", dropout_p=0.3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("M", "R", "dropout_p"), [(256, 8, 0.0), (256, 8, 0.1), (257, 8, 0.3), (256, 16, 0.1), (256, 1, 0.0)]
+)
+def test_rows_in_a_batch_for_each_thread(M, R, dropout_p, dtype):
+    # Large enough for `_narrow_mm` and `_tall_mm` to take their batched forms, and 257 rows that fill no batches.
+    assert_op_within_budget(lora_linear_inputs(M, 320, 288, R, dtype=dtype), "eager", dropout_p)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_gradcheck(backend, dropout_p):
@@ -546,13 +555,14 @@ def test_passes_over_the_activations(dropout_p):
         torch.autograd.grad(y, leaves, inputs.dy)
 
     def is_activation(shape):
-        return len(shape) == 2 and math.prod(shape) >= M * N
+        return len(shape) >= 2 and math.prod(shape) >= M * N
 
     calls = [event.name for event in recorded.events() if any(map(is_activation, event.input_shapes))]
-    work = {"mm", "addmm", "addmm_", "mul_", "mul", "add", "add_", "ge_", "ge", "copy_", "sum", "bernoulli_", "where"}
+    matmuls = {"mm", "bmm", "baddbmm", "addmm", "addmm_"}
+    work = {*matmuls, "mul_", "mul", "add", "add_", "ge_", "ge", "copy_", "sum", "bernoulli_", "where"}
     counts = {name: calls.count(f"aten::{name}") for name in work if f"aten::{name}" in calls}
     # Forward s, y; backward dB, ds, dA, dx: eight products, of which two small ones do not read an activation.
-    products = sum(counts.pop(name, 0) for name in ("mm", "addmm", "addmm_"))
+    products = sum(counts.pop(name, 0) for name in matmuls)
     assert products == 6
     # The bias is copied into y as F.linear does. Dropout copies x twice, to write zeros into it; where it drops much
     # it makes a mask twice and masks x twice and dx once.
