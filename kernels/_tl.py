@@ -78,12 +78,23 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _normalized(x):
+    """(x / 2^e, 2^e) with 2^e <= max|x| < 2^(e+1), for fp32 x; exact, and not finite where x is not.
+
+    fp16 overflows at 65520 and thins out below 2^-14: a normalized tile has its full precision.
+    """
+    exponent = tl.max(tl.abs(x)).to(tl.uint32, bitcast=True) & 0x7F800000
+    inverse = 0x7F000000 - exponent
+    return x * inverse.to(tl.float32, bitcast=True), exponent.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b, with `acc` in fp32 (fp64 for fp64 operands).
 
     A 16-bit `a` stays as it is against a fp32 `b`, which is split into three 16-bit terms: a b = a hi + a mid + a lo to
     fp32's accuracy, on 16-bit tensor cores. In fp16 the residuals would underflow, so they are held 2^11 and 2^22
-    times too large, which is exact, and |b| must stay below 65520.
+    times too large, which is exact.
     """
     if a.dtype == b.dtype:
         acc = _dot(a, b, acc, PRECISION)
@@ -95,12 +106,27 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         acc = _dot(a, hi, _dot(a, mid, _dot(a, lo, acc, PRECISION), PRECISION), PRECISION)
     else:
         zero = tl.zeros_like(acc)
+        b, scale = _normalized(b)
         hi = b.to(tl.float16)
         b = (b - hi.to(tl.float32)) * 2048.0
         mid = b.to(tl.float16)
         lo = ((b - mid.to(tl.float32)) * 2048.0).to(tl.float16)
         residual = _dot(a, mid, zero, PRECISION) + _dot(a, lo, zero, PRECISION) * (1 / 2048)
-        acc = _dot(a, hi, acc, PRECISION) + residual * (1 / 2048)
+        acc += (_dot(a, hi, zero, PRECISION) + residual * (1 / 2048)) * scale
+    return acc
+
+
+@triton.jit
+def dot_rounded(a, b, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a b with both operands rounded to DTYPE: to its precision, whatever their range."""
+    if DTYPE == tl.float16 and a.dtype == tl.float32:
+        a, scale = _normalized(a)
+        acc += dot_rounded(a.to(tl.float16), b, tl.zeros_like(acc), DTYPE, PRECISION) * scale
+    elif DTYPE == tl.float16 and b.dtype == tl.float32:
+        b, scale = _normalized(b)
+        acc += _dot(a, b.to(tl.float16), tl.zeros_like(acc), PRECISION) * scale
+    else:
+        acc = dot(cast(a, DTYPE), cast(b, DTYPE), acc, PRECISION)
     return acc
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import Tile, chip, launch, needs_int64, precision, rank_block, unit
-from ._tl import accumulator, cast, dot, keep_mask, keep_scale, load_tile, swizzle, tile_ptrs
+from ._tl import accumulator, cast, dot, dot_rounded, keep_mask, keep_scale, load_tile, swizzle, tile_ptrs
 
 
 def _matmul_tile(x: Tensor) -> Tile:
@@ -63,7 +63,7 @@ def _low_rank_tile(
         offs_r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
         s = load_tile(s_ptr, offs_m, offs_r, M, R, R, 1, 1, WIDE)
         f = load_tile(f_ptr, offs_r, offs_n, R, N, stride_fr, stride_fn, F_UNIT, WIDE)
-        acc = dot(cast(s, OPERAND), cast(f, OPERAND), acc, PRECISION)
+        acc = dot_rounded(s, f, acc, OPERAND, PRECISION)
     if seed_ptr is not None:
         keep = keep_mask(seed_ptr, threshold, row, col, BLOCK_M, BLOCK_N)
         acc = tl.where(keep, acc * keep_scale(threshold, DTYPE), 0.0)

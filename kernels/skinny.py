@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import Tile, chip, launch, needs_int64, precision, rank_block, unit
-from ._tl import accumulator, cast, dot, keep_mask, keep_scale, load_tile, tile_ptrs
+from ._tl import accumulator, cast, dot, dot_rounded, keep_mask, keep_scale, load_tile, tile_ptrs
 
 # Programs that a skinny pass is split into: about two for each multiprocessor of a large chip. A constant, so that
 # chips that share tiles also share the order of every sum, and its bits.
@@ -165,8 +165,9 @@ def _factor_grad_kernel(
         if df_ptr is not None:
             s = load_tile(s_ptr, offs_m, offs_r, M, R, R, 1, 1, WIDE)
             if ROUND_S:
-                s = cast(s, X_DTYPE)
-            df = dot(tl.trans(x), s, df, PRECISION)
+                df = dot_rounded(tl.trans(x), s, df, X_DTYPE, PRECISION)
+            else:
+                df = dot(tl.trans(x), s, df, PRECISION)
         if dbias_ptr is not None:
             dbias += tl.sum(x.to(DTYPE), 0)
         if ds_ptr is not None:

@@ -199,6 +199,21 @@ def test_16_bit_results_round_to_nearest(device):
     assert torch.equal(y, (inputs.x.float() * inputs.weight.float().T).bfloat16())
 
 
+# The intermediate tensors, and with fp32 factors the factors, may leave fp16's range where every result is inside it.
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(
+    ("dtypes", "power"), [("fp16", 12), ("fp16-fp32", 24), ("fp16-fp32", -24)], ids=lambda value: str(value)
+)
+def test_range_of_fp16(dtypes, power, plan, device):
+    inputs = inputs_with_zeros(136, 136, 264, 8, device=device, dtypes=dtypes, scaling=64.0)
+    inputs.lora_a *= 2.0**power
+    inputs.lora_b *= 2.0**-power
+    inputs.dy /= 256
+    s = run(inputs, plan=plan)[1]
+    assert s.abs().max() > 65504 or power < 0
+    assert_matches(inputs, plan=plan, p=0.1)
+
+
 # Not representable, negative, zero, and the types that a buffer may have.
 @pytest.mark.parametrize("dtypes", ["fp64", "fp32"])
 def test_scaling(dtypes, device):
