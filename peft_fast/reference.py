@@ -9,6 +9,16 @@ from torch import Tensor
 
 DROPOUT_LEVELS = 1 << 16
 
+ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": lambda z: F.gelu(z, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": F.tanh,
+    "leaky_relu": F.leaky_relu,
+    "identity": lambda z: z,
+}
+
 
 def drop_threshold(dropout_p: float) -> int:
     """The number of the 2^16 values of a random word that drop an element: `dropout_p` quantised to 2^-16."""
@@ -42,3 +52,42 @@ def lora_linear(
     if keep_mask is not None:
         x = x * keep_mask.to(x.dtype) * keep_scale(drop_threshold(dropout_p))
     return (base + F.linear(F.linear(x, lora_a), lora_b) * scaling).to(base.dtype)
+
+
+def bottleneck_adapter(
+    x: Tensor,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    *,
+    down_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    activation: str = "relu",
+    scaling: float | Tensor = 1.0,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    keep_mask: Tensor | None = None,
+    norm_before: tuple[Tensor, Tensor] | None = None,
+    norm_after: tuple[Tensor, Tensor] | None = None,
+    residual_after_norm: bool = False,
+    eps: float = 1e-5,
+) -> Tensor:
+    """y = residual + scaling · drop(act(x Wdᵀ + bd) Wuᵀ + bu), the bottleneck adapter (Houlsby et al. 2019, section 2).
+
+    Shapes: x (..., K), down_weight (R, K), down_bias (R,), up_weight (N, R), up_bias (N,), residual, keep_mask and y
+    (..., N). `norm_before` and `norm_after` are the (weight, bias) of a LayerNorm on x, and on the sum, or where
+    `residual_after_norm` on the scaled term alone. Computed in down_weight's dtype; y has x's.
+    """
+    h = x.to(down_weight.dtype)
+    if norm_before is not None:
+        h = F.layer_norm(h, h.shape[-1:], *norm_before, eps)
+    h = F.linear(ACTIVATIONS[activation](F.linear(h, down_weight, down_bias)), up_weight, up_bias)
+    if keep_mask is not None:
+        h = h * keep_mask.to(h.dtype) * keep_scale(drop_threshold(dropout_p))
+    h = h * scaling
+    if residual is not None and not residual_after_norm:
+        h = residual + h
+    if norm_after is not None:
+        h = F.layer_norm(h, h.shape[-1:], *norm_after, eps)
+    if residual is not None and residual_after_norm:
+        h = residual + h
+    return h.to(x.dtype)

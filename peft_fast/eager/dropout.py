@@ -15,7 +15,7 @@ generators, twice as fast as torch's.
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -64,6 +64,16 @@ class Dropped:
         return x
 
 
+class Mask:
+    """What is dropped, as a traced graph has it: a mask of all rows."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+
+    def masked(self, x: Tensor) -> Tensor:
+        return x * self.mask
+
+
 def draw_seed(device: torch.device) -> Tensor:
     """A one-element int64 tensor from torch's generator on `device`, without a host sync."""
     return torch.randint(2**63 - 1, (1,), device=device)
@@ -91,6 +101,18 @@ def dropped_blocks(seed: Tensor, shape: Sequence[int], threshold: int) -> Iterat
             words = stream.random_raw((rows * K + 7) // 8).view(np.int8)[: rows * K]
             keep = torch.from_numpy(words).view(rows, K).ge_(level - 128).view(torch.bool)
         yield slice(start, start + rows), Dropped(keep, _points(stream, generator, points_per_element, rows * K))
+
+
+def blocks_of(
+    seed: Tensor, shape: Sequence[int], threshold: int, dtype: torch.dtype, traced: str
+) -> Iterable[tuple[slice, Dropped | Mask]]:
+    """`dropped_blocks`, or where calls are being recorded all rows at once and the mask as one opaque op.
+
+    `traced` names the plan whose mask that is.
+    """
+    if traced:
+        return [(slice(None), Mask(torch.ops.peft_fast.dropout_mask(seed, shape, threshold, traced).to(dtype)))]
+    return dropped_blocks(seed, shape, threshold)
 
 
 def _points(stream: np.random.SFC64, generator: np.random.Generator, density: float, n: int) -> np.ndarray:
