@@ -4,12 +4,14 @@ Each function computes what its op computes, from ordinary differentiable torch 
 stock peft makes them. Where an op takes a seed, its reference takes the `keep_mask` that the seed stands for.
 """
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
 
 DROPOUT_LEVELS = 1 << 16
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_new": lambda z: F.gelu(z, approximate="tanh"),

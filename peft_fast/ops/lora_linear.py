@@ -1,14 +1,11 @@
 """The LoRA linear op: validate, schema, launch, fake, autograd, public function."""
 
-import importlib
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from peft_fast import eager, reference, support
-
-_LIBRARY = torch.library.Library("peft_fast", "FRAGMENT")
+from peft_fast.ops import _shared
+from peft_fast.ops._shared import LIBRARY, as_tensor, resolve
 
 
 def _validate(
@@ -58,29 +55,27 @@ def _validate(
 
 
 def _misfit(what: str, tensors: dict[str, Tensor]) -> str:
-    found = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
     expected = "x (..., K), weight (N, K), lora_a (R, K), lora_b (N, R), bias (N,)"
-    return f"lora_linear: {what} does not fit: expected {expected}, got {found}"
+    return _shared.misfit("lora_linear", what, expected, tensors)
 
 
 def _dtypes(rule: str, tensors: dict[str, Tensor]) -> str:
-    found = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
-    return f"lora_linear: {rule}, got {found}"
+    return _shared.dtypes("lora_linear", rule, tensors)
 
 
-_LIBRARY.define(
+LIBRARY.define(
     "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor scaling, "
     "int threshold, Tensor? seed, str backend) -> Tensor"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor scaling, "
     "int threshold, Tensor? seed, str plan) -> (Tensor, Tensor)"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "lora_linear_bwd(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor? s, Tensor scaling, "
     "int threshold, Tensor? seed, bool[] needs, str plan) -> Tensor[]"
 )
-_LIBRARY.define("dropout_mask(Tensor seed, SymInt[] shape, int threshold, str plan) -> Tensor")
+LIBRARY.define("dropout_mask(Tensor seed, SymInt[] shape, int threshold, str plan) -> Tensor")
 
 
 def _launch_fwd(
@@ -99,10 +94,10 @@ def _launch_fwd(
         traced_plan = plan if traced else ""
         return eager.lora_fwd(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, traced=traced_plan)
     if traced:
-        scale = _as_tensor(scaling, x)
+        scale = as_tensor(scaling, x)
         return torch.ops.peft_fast.lora_linear_fwd(x, weight, lora_a, lora_b, bias, scale, threshold, seed, plan)
-    tensors = _resolve(x, weight, lora_a, lora_b, bias)
-    return _kernels().lora_fwd(*tensors, scaling, threshold, seed, plan=plan)
+    tensors = resolve(x, weight, lora_a, lora_b, bias)
+    return _shared.kernels("lora_linear").lora_fwd(*tensors, scaling, threshold, seed, plan=plan)
 
 
 def _launch_bwd(
@@ -123,59 +118,38 @@ def _launch_bwd(
     if plan == "eager" or support.is_batched(dy):
         return eager.lora_bwd(*args, needs=needs, traced=plan if traced else "")
     if traced:
-        args = (dy, x, weight, lora_a, lora_b, s, _as_tensor(scaling, dy), threshold, seed)
+        args = (dy, x, weight, lora_a, lora_b, s, as_tensor(scaling, dy), threshold, seed)
         needed = iter(torch.ops.peft_fast.lora_linear_bwd(*args, needs, plan))
         dx, da, db, dbias = (next(needed) if need else None for need in needs)
         return dx, da, db, dbias
-    tensors = _resolve(dy, x, weight, lora_a, lora_b)
-    return _kernels().lora_bwd(*tensors, s, scaling, threshold, seed, needs=needs, plan=plan)
+    tensors = resolve(dy, x, weight, lora_a, lora_b)
+    return _shared.kernels("lora_linear").lora_bwd(*tensors, s, scaling, threshold, seed, needs=needs, plan=plan)
 
 
-def _resolve(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Kernels read storage as it is, so a pending minus sign is carried out first."""
-    return [tensor if tensor is None else tensor.resolve_neg() for tensor in tensors]
-
-
-def _as_tensor(scaling: float | Tensor, like: Tensor) -> Tensor:
-    """`scaling` as a 0-d tensor: as a float of a schema each value would compile the graph again.
-
-    A product rather than `full`, which a compiler would specialise as well.
-    """
-    if isinstance(scaling, Tensor):
-        return scaling
-    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.ones((), dtype=wide, device=like.device) * scaling
-
-
-def _kernels() -> Any:
-    """The Triton kernels, imported when first launched: the package works where Triton is absent."""
-    return importlib.import_module("peft_fast.kernels.lora_linear")
-
-
-@torch.library.impl(_LIBRARY, "lora_linear_fwd", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "lora_linear_fwd", "CompositeExplicitAutograd")
 def _lora_linear_fwd(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan):
     return _launch_fwd(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan)
 
 
-@torch.library.impl(_LIBRARY, "lora_linear_bwd", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "lora_linear_bwd", "CompositeExplicitAutograd")
 def _lora_linear_bwd(dy, x, weight, lora_a, lora_b, s, scaling, threshold, seed, needs, plan):
     grads = _launch_bwd(dy, x, weight, lora_a, lora_b, s, scaling, threshold, seed, tuple(needs), plan)
     return [grad for grad in grads if grad is not None]
 
 
-@torch.library.impl(_LIBRARY, "dropout_mask", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "dropout_mask", "CompositeExplicitAutograd")
 def _dropout_mask(seed, shape, threshold, plan):
-    backend = eager if plan == "eager" else importlib.import_module("peft_fast.kernels.dropout")
+    backend = eager if plan == "eager" else _shared.kernels("dropout")
     return backend.dropout_mask(seed, shape, threshold)
 
 
-@torch.library.register_fake("peft_fast::lora_linear_fwd", lib=_LIBRARY)
+@torch.library.register_fake("peft_fast::lora_linear_fwd", lib=LIBRARY)
 def _fake_fwd(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan):
     M, wide = x.shape[0], torch.promote_types(lora_a.dtype, torch.float32)
     return x.new_empty(M, weight.shape[0]), x.new_empty(M, lora_a.shape[0], dtype=wide)
 
 
-@torch.library.register_fake("peft_fast::lora_linear_bwd", lib=_LIBRARY)
+@torch.library.register_fake("peft_fast::lora_linear_bwd", lib=LIBRARY)
 def _fake_bwd(dy, x, weight, lora_a, lora_b, s, scaling, threshold, seed, needs, plan):
     (M, N), K = dy.shape, lora_a.shape[1]
     grads = (
@@ -187,7 +161,7 @@ def _fake_bwd(dy, x, weight, lora_a, lora_b, s, scaling, threshold, seed, needs,
     return [grad for grad, need in zip(grads, needs, strict=True) if need]
 
 
-@torch.library.register_fake("peft_fast::dropout_mask", lib=_LIBRARY)
+@torch.library.register_fake("peft_fast::dropout_mask", lib=LIBRARY)
 def _fake_mask(seed, shape, threshold, plan):
     return seed.new_empty(shape, dtype=torch.bool)
 
@@ -212,7 +186,7 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx, dy):
         need_x, _, need_a, need_b, need_bias, *_ = ctx.needs_input_grad
         needs = (need_x, need_a, need_b, need_bias)
-        x, weight, lora_a, lora_b, s, seed = _saved_tensors(ctx)
+        x, weight, lora_a, lora_b, s, seed = _shared.saved_tensors(ctx, "lora_linear")
         # Backward may be called inside an autocast region.
         if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(dy.device.type):
             with torch.autocast(dy.device.type, enabled=False):
@@ -233,18 +207,6 @@ def _backward(ctx, dy, x, weight, lora_a, lora_b, s, seed, needs):
         dy, x, weight, lora_a, lora_b, s, ctx.scaling, ctx.threshold, seed, needs, ctx.plan, traced
     )
     return dx if dx is None or len(shape) == 2 else dx.view(shape), *others
-
-
-def _saved_tensors(ctx):
-    try:
-        return ctx.saved_tensors
-    except RuntimeError as error:
-        if "modified by an inplace operation" not in str(error):
-            raise
-        raise RuntimeError(
-            "lora_linear: a tensor saved for backward, most likely the layer's input x, was changed in place after "
-            "the layer had read it. Change a copy of it, or take this model back with peft_fast.unpatch(model)."
-        ) from error
 
 
 def _differentiable_bwd(ctx, dy, x, weight, lora_a, lora_b, seed, needs):
@@ -284,20 +246,20 @@ def _differentiable(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, p
     )
 
 
-@torch.library.impl(_LIBRARY, "lora_linear", "Autograd")
+@torch.library.impl(LIBRARY, "lora_linear", "Autograd")
 def _lora_linear_autograd(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, backend):
     plan = support.choose_plan(x, backend)
     return _LoraLinear.apply(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan, True)
 
 
-@torch.library.impl(_LIBRARY, "lora_linear", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "lora_linear", "CompositeExplicitAutograd")
 def _lora_linear_inference(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, backend):
     plan = support.choose_plan(x, backend)
     y, _ = _launch_fwd(x.reshape(-1, x.shape[-1]), weight, lora_a, lora_b, bias, scaling, threshold, seed, plan)
     return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
 
 
-@torch.library.register_fake("peft_fast::lora_linear", lib=_LIBRARY)
+@torch.library.register_fake("peft_fast::lora_linear", lib=LIBRARY)
 def _fake(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, backend):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
@@ -365,5 +327,5 @@ def apply_lora_linear(
         plan = support.choose_plan(x, backend)
         return _differentiable(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan)
     return torch.ops.peft_fast.lora_linear(
-        x, weight, lora_a, lora_b, bias, _as_tensor(scaling, x), threshold, seed, backend
+        x, weight, lora_a, lora_b, bias, as_tensor(scaling, x), threshold, seed, backend
     )

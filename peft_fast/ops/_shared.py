@@ -1,0 +1,53 @@
+"""What the ops share around their autograd functions."""
+
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("peft_fast", "FRAGMENT")
+
+
+def kernels(name: str) -> Any:
+    """A module of Triton kernels, imported when first launched: the package works where Triton is absent."""
+    return importlib.import_module(f"peft_fast.kernels.{name}")
+
+
+def resolve(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Kernels read storage as it is, so a pending minus sign is carried out first."""
+    return [tensor if tensor is None else tensor.resolve_neg() for tensor in tensors]
+
+
+def as_tensor(scaling: float | Tensor, like: Tensor) -> Tensor:
+    """`scaling` as a 0-d tensor: as a float of a schema each value would compile the graph again.
+
+    A product rather than `full`, which a compiler would specialise as well.
+    """
+    if isinstance(scaling, Tensor):
+        return scaling
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.ones((), dtype=wide, device=like.device) * scaling
+
+
+def saved_tensors(ctx: Any, op: str) -> Iterable[Tensor | None]:
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{op}: a tensor saved for backward, most likely the layer's input x, was changed in place after "
+            "the layer had read it. Change a copy of it, or take this model back with peft_fast.unpatch(model)."
+        ) from error
+
+
+def misfit(op: str, what: str, expected: str, tensors: dict[str, Tensor]) -> str:
+    found = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+    return f"{op}: {what} does not fit: expected {expected}, got {found}"
+
+
+def dtypes(op: str, rule: str, tensors: dict[str, Tensor]) -> str:
+    found = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
+    return f"{op}: {rule}, got {found}"
