@@ -135,7 +135,7 @@ def adapter_bwd(
         dz = ACTIVATION_GRADS[activation](da, z)
         if "down_bias" in needs:
             grads["down_bias"] = dz.sum(0)
-        h, wide_down = cast(x, wide), cast(down_weight, wide)
+        wide_down, h = cast(down_weight, wide), cast(x, wide)
         skip = d_residual if residual is x else None
         if norm_before is not None and needs & {"x", "norm_before"}:
             dx, grads["norm_before"] = _norm_grad(torch.mm(dz, wide_down), h, norm_before, stats_before)

@@ -1,5 +1,6 @@
 """The fused ops as functions of tensors."""
 
+from peft_fast.ops.bottleneck_adapter import bottleneck_adapter
 from peft_fast.ops.lora_linear import lora_linear
 
-__all__ = ["lora_linear"]
+__all__ = ["bottleneck_adapter", "lora_linear"]

@@ -1,0 +1,396 @@
+"""The bottleneck adapter op: validate, schema, launch, fake, autograd, public function."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peft_fast import eager, reference, support
+from peft_fast.ops import _shared
+from peft_fast.ops._shared import LIBRARY, as_tensor
+
+Norm = tuple[Tensor, Tensor]
+_NO_NORM = (None, None)
+
+# The tensors of a call in the order of every schema. A norm is two of them; x is its own residual where `skip`.
+INPUTS = (
+    "x",
+    "residual",
+    "down_weight",
+    "down_bias",
+    "up_weight",
+    "up_bias",
+    "scaling",
+    "norm_before_weight",
+    "norm_before_bias",
+    "norm_after_weight",
+    "norm_after_bias",
+)
+_TENSORS = (
+    "Tensor x, Tensor? residual, Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, "
+    "Tensor scaling, Tensor? norm_before_weight, Tensor? norm_before_bias, Tensor? norm_after_weight, "
+    "Tensor? norm_after_bias"
+)
+_OPTIONS = "bool skip, int threshold, Tensor? seed, str activation, bool residual_after_norm, float eps"
+
+LIBRARY.define(f"bottleneck_adapter({_TENSORS}, {_OPTIONS}, str backend) -> Tensor")
+LIBRARY.define(f"bottleneck_adapter_fwd({_TENSORS}, {_OPTIONS}) -> Tensor[]")
+LIBRARY.define(
+    f"bottleneck_adapter_bwd(Tensor dy, {_TENSORS}, {_OPTIONS}, Tensor z, Tensor? stats_before, Tensor? stats_after, "
+    "str[] needs) -> Tensor[]"
+)
+
+
+class Options(NamedTuple):
+    """What is not a tensor in a call, and its seed."""
+
+    skip: bool
+    threshold: int
+    seed: Tensor | None
+    activation: str
+    residual_after_norm: bool
+    eps: float
+
+
+def _validate(
+    tensors: Any, activation: str, dropout_p: float, seed: Tensor | None, residual: Tensor | None, eps: float
+) -> None:
+    named = {name: tensor for name, tensor in zip(INPUTS, tensors, strict=True) if isinstance(tensor, Tensor)}
+    scaling = named.pop("scaling", None)
+    if residual is not None:
+        named["residual"] = residual
+    x, down_weight, up_weight = named["x"], named["down_weight"], named["up_weight"]
+
+    def misfit(what: str) -> ValueError:
+        expected = (
+            "x (..., K), residual (..., N), down_weight (R, K), down_bias (R,), up_weight (N, R), up_bias (N,), "
+            "norm_before (K,), norm_after (N,)"
+        )
+        return ValueError(_shared.misfit("bottleneck_adapter", what, expected, named))
+
+    if x.dim() == 0 or down_weight.dim() != 2 or up_weight.dim() != 2:
+        raise misfit("the number of dimensions")
+    (R, K), N = down_weight.shape, up_weight.shape[0]
+    shapes = {"x": (*x.shape[:-1], K), "residual": (*x.shape[:-1], N), "down_bias": (R,), "up_weight": (N, R)}
+    shapes |= {"up_bias": (N,), "norm_before_weight": (K,), "norm_before_bias": (K,)}
+    shapes |= {"norm_after_weight": (N,), "norm_after_bias": (N,)}
+    for name, shape in shapes.items():
+        if name in named and named[name].shape != shape:
+            raise misfit(name)
+    if R == 0:
+        raise misfit("a bottleneck of size 0")
+    for name, tensor in named.items():
+        if tensor.dtype not in support.FLOATING:
+            raise ValueError(f"bottleneck_adapter: {name} has dtype {tensor.dtype}, expected a floating-point one")
+        if tensor.device != x.device:
+            raise ValueError(
+                f"bottleneck_adapter: x is on {x.device} and {name} on {tensor.device}; move them together"
+            )
+        if name == "residual" and tensor.dtype != x.dtype:
+            raise ValueError(_shared.dtypes("bottleneck_adapter", "residual must have x's dtype", named))
+        if name not in ("x", "residual") and tensor.dtype != down_weight.dtype:
+            raise ValueError(_shared.dtypes("bottleneck_adapter", "all parameters must have one dtype", named))
+    if down_weight.dtype != x.dtype and (down_weight.dtype != torch.float32 or x.dtype == torch.float64):
+        rule = "the parameters must have x's dtype, or float32 beside a 16-bit x"
+        raise ValueError(_shared.dtypes("bottleneck_adapter", rule, named))
+    if activation not in reference.ACTIVATIONS:
+        known = ", ".join(reference.ACTIVATIONS)
+        raise ValueError(f"bottleneck_adapter: activation must be one of {known}, got {activation!r}")
+    if scaling is not None and (scaling.numel() != 1 or scaling.device != x.device):
+        raise ValueError(
+            "bottleneck_adapter: scaling must be a number or a tensor of one element on x's device, "
+            f"got {tuple(scaling.shape)} on {scaling.device}"
+        )
+    if scaling is None and not isinstance(tensors[INPUTS.index("scaling")], (int, float)):
+        raise ValueError(f"bottleneck_adapter: scaling must be a number or a tensor, got {type(tensors[6]).__name__}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"bottleneck_adapter: dropout_p must lie in [0, 1), got {dropout_p}")
+    if eps < 0:
+        raise ValueError(f"bottleneck_adapter: eps must not be negative, got {eps}")
+    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device):
+        raise ValueError(
+            f"bottleneck_adapter: seed must be one int64 on {x.device}, got {tuple(seed.shape)} {seed.dtype} "
+            f"on {seed.device}"
+        )
+
+
+def _autocast(x: Tensor, residual: Tensor | None, parameters: Any) -> tuple[Tensor, Tensor | None, list[Any]]:
+    """x and residual in the wider of their dtypes, parameters in that dtype or in float32."""
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    wide_x = x if x.dtype == dtype else x.to(dtype)
+    wide_residual = wide_x if residual is x else residual if residual is None else residual.to(dtype)
+    widths = {parameter.dtype for parameter in parameters if isinstance(parameter, Tensor)}
+    if widths <= {torch.float32} and dtype != torch.float64:
+        return wide_x, wide_residual, list(parameters)
+    return wide_x, wide_residual, [p.to(dtype) if isinstance(p, Tensor) else p for p in parameters]
+
+
+def _arguments(tensors: Any, options: Options) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of the launchers: 2-D activations, each norm a pair."""
+    x, residual, *parameters, before_weight, before_bias, after_weight, after_bias = tensors
+    if options.skip:
+        residual = x
+    norm_before = None if before_weight is None else (before_weight, before_bias)
+    norm_after = None if after_weight is None else (after_weight, after_bias)
+    keywords = {"activation": options.activation, "residual_after_norm": options.residual_after_norm}
+    return [x, residual, *parameters, norm_before, norm_after], keywords
+
+
+def _launch_fwd(tensors: Any, options: Options, plan: str, traced: bool = False) -> Any:
+    """y (M, N), z (M, R), and the rows' statistics (2, M) before each norm."""
+    if traced and plan != "eager":
+        y, z, *stats = torch.ops.peft_fast.bottleneck_adapter_fwd(*_with_scaling(tensors), *options)
+        return y, z, *_optional(stats, tensors)
+    module: Any = eager if plan == "eager" else _shared.kernels("bottleneck_adapter")
+    args, keywords = _arguments(tensors if plan == "eager" else _resolved(tensors), options)
+    if plan == "eager":
+        keywords["traced"] = plan if traced else ""
+    return module.adapter_fwd(*args, options.threshold, options.seed, **keywords, eps=options.eps)
+
+
+def _launch_bwd(
+    dy: Tensor, tensors: Any, options: Options, z: Tensor, stats: Any, needs: set[str], plan: str, traced: bool = False
+) -> dict[str, Tensor]:
+    """The gradients that `needs` names among INPUTS; x's has that of the residual in it where `skip`."""
+    if plan != "eager" and traced and not support.is_batched(dy):
+        named = sorted(needs)
+        grads = torch.ops.peft_fast.bottleneck_adapter_bwd(dy, *_with_scaling(tensors), *options, z, *stats, named)
+        return dict(zip(named, grads, strict=True))
+    pairs = {name.rsplit("_", 1)[0] if name.startswith("norm") else name for name in needs}
+    module: Any = eager
+    if plan == "eager" or support.is_batched(dy):
+        args, keywords = _arguments(tensors, options)
+        keywords |= {"eps": options.eps, "traced": plan if traced else ""}
+    else:
+        module = _shared.kernels("bottleneck_adapter")
+        dy, *tensors = _resolved((dy, *tensors))
+        args, keywords = _arguments(tensors, options)
+    grads = module.adapter_bwd(dy, *args, z, *stats, options.threshold, options.seed, **keywords, needs=pairs)
+    for name in ("norm_before", "norm_after"):
+        if name in grads:
+            grads[f"{name}_weight"], grads[f"{name}_bias"] = grads.pop(name)
+    return {name: grads[name] for name in needs}
+
+
+def _resolved(tensors: Any) -> list[Any]:
+    """Kernels read storage as it is, so a pending minus sign is carried out first."""
+    return [tensor.resolve_neg() if isinstance(tensor, Tensor) else tensor for tensor in tensors]
+
+
+def _with_scaling(tensors: Any) -> list[Any]:
+    named = dict(zip(INPUTS, tensors, strict=True))
+    return list((named | {"scaling": as_tensor(named["scaling"], named["x"])}).values())
+
+
+def _optional(stats: Any, tensors: Any) -> list[Tensor | None]:
+    """Statistics for the norms that there are, None for the others."""
+    left = iter(stats)
+    return [
+        None if tensors[INPUTS.index(f"{name}_weight")] is None else next(left)
+        for name in ("norm_before", "norm_after")
+    ]
+
+
+@torch.library.impl(LIBRARY, "bottleneck_adapter_fwd", "CompositeExplicitAutograd")
+def _fwd(*args):
+    n = len(INPUTS)
+    results = _launch_fwd(args[:n], Options(*args[n:]), "split")
+    return [result for result in results if result is not None]
+
+
+@torch.library.impl(LIBRARY, "bottleneck_adapter_bwd", "CompositeExplicitAutograd")
+def _bwd(dy, *args):
+    n, m = len(INPUTS), len(INPUTS) + len(Options._fields)
+    z, *stats, needs = args[m:]
+    grads = _launch_bwd(dy, args[:n], Options(*args[n:m]), z, stats, set(needs), "split")
+    return [grads[name] for name in needs]
+
+
+@torch.library.register_fake("peft_fast::bottleneck_adapter_fwd", lib=LIBRARY)
+def _fake_fwd(x, residual, down_weight, down_bias, up_weight, *args):
+    M, wide = x.shape[0], torch.promote_types(down_weight.dtype, torch.float32)
+    norms = args[2], args[4]
+    stats = [x.new_empty(2, M, dtype=wide) for norm in norms if norm is not None]
+    return [x.new_empty(M, up_weight.shape[0]), x.new_empty(M, down_weight.shape[0], dtype=wide), *stats]
+
+
+@torch.library.register_fake("peft_fast::bottleneck_adapter_bwd", lib=LIBRARY)
+def _fake_bwd(dy, *args):
+    needs, tensors = args[-1], dict(zip(INPUTS, args, strict=False)) | {"residual": dy}
+    return [torch.empty_like(tensors[name], memory_format=torch.contiguous_format) for name in needs]
+
+
+class _BottleneckAdapter(torch.autograd.Function):
+    """Saves x, the caller's own tensor, z (M, R), statistics of the rows, the seed and the parameters."""
+
+    @staticmethod
+    def forward(ctx, options, plan, traced, *tensors):
+        x, residual = tensors[:2]
+        shape = x.shape
+        rows = [x.reshape(-1, shape[-1]), residual if residual is None else residual.reshape(-1, residual.shape[-1])]
+        y, z, *stats = _launch_fwd((*rows, *tensors[2:]), options, plan, traced)
+        ctx.needs = {name for name, need in zip(INPUTS, ctx.needs_input_grad[3:], strict=True) if need}
+        kept = list(tensors)
+        has_norm_after = tensors[INPUTS.index("norm_after_weight")] is not None
+        if options.skip or not has_norm_after or options.residual_after_norm:
+            kept[1] = None  # the residual is not read in backward
+        ctx.scaling = kept[INPUTS.index("scaling")]
+        if not isinstance(ctx.scaling, Tensor):
+            kept[INPUTS.index("scaling")] = None
+        ctx.save_for_backward(*kept, z, *stats, options.seed)
+        ctx.x_shape, ctx.options, ctx.plan = shape, options._replace(seed=None), plan
+        # Not a view in autograd's eyes: the caller may change y in place.
+        return y if len(shape) == 2 else torch.ops.aten._unsafe_view.default(y, (*shape[:-1], y.shape[1]))
+
+    @staticmethod
+    def backward(ctx, dy):
+        *tensors, z, stats_before, stats_after, seed = _shared.saved_tensors(ctx, "bottleneck_adapter")
+        scaling = INPUTS.index("scaling")
+        if tensors[scaling] is None:
+            tensors[scaling] = ctx.scaling
+        options = ctx.options._replace(seed=seed)
+        with torch.autocast(dy.device.type, enabled=False):
+            if torch.is_grad_enabled():  # create_graph=True
+                grads = _differentiable_bwd(ctx, dy, tensors, options)
+            else:
+                grads = _backward(ctx, dy, tensors, options, z, (stats_before, stats_after))
+        return None, None, None, *(grads.get(name) for name in INPUTS)
+
+
+def _backward(ctx, dy, tensors, options, z, stats):
+    x, residual = tensors[:2]
+    like = dict(zip(INPUTS, tensors, strict=True)) | {"residual": dy}
+    rows = [x.reshape(-1, x.shape[-1]), residual if residual is None else residual.reshape(-1, residual.shape[-1])]
+    grads = _launch_bwd(
+        dy.reshape(-1, dy.shape[-1]),
+        (*rows, *tensors[2:]),
+        options,
+        z,
+        stats,
+        ctx.needs,
+        ctx.plan,
+        traced=not support.runs_plainly(dy),
+    )
+    return {name: grad.to(like[name].dtype).view(like[name].shape) for name, grad in grads.items()}
+
+
+def _differentiable_bwd(ctx, dy, tensors, options):
+    """The gradients of the reference, themselves differentiable."""
+    named = dict(zip(INPUTS, tensors, strict=True))
+    if named["residual"] is None and not options.skip and "residual" in ctx.needs:
+        named["residual"] = dy.new_zeros(dy.shape, requires_grad=True)  # its value is not read
+    y = _differentiable(list(named.values()), options, ctx.plan)
+    inputs = [named[name] for name in INPUTS if name in ctx.needs]
+    grads = torch.autograd.grad(y, inputs, dy, create_graph=True)
+    return dict(zip([name for name in INPUTS if name in ctx.needs], grads, strict=True))
+
+
+def _differentiable(tensors, options, plan, keep_mask=None):
+    """The reference with the mask of `plan`: right under every transform of torch, fast under none."""
+    x, residual, down_weight, down_bias, up_weight, up_bias, scaling, *norms = tensors
+    if options.threshold and keep_mask is None:
+        shape = (x.shape[:-1].numel(), up_weight.shape[0])
+        mask = torch.ops.peft_fast.dropout_mask(options.seed, shape, options.threshold, plan)
+        keep_mask = mask.view(*x.shape[:-1], up_weight.shape[0])
+    return reference.bottleneck_adapter(
+        x,
+        down_weight,
+        up_weight,
+        down_bias=down_bias,
+        up_bias=up_bias,
+        activation=options.activation,
+        scaling=scaling,
+        residual=x if options.skip else residual,
+        dropout_p=options.threshold / reference.DROPOUT_LEVELS,
+        keep_mask=keep_mask,
+        norm_before=None if norms[0] is None else (norms[0], norms[1]),
+        norm_after=None if norms[2] is None else (norms[2], norms[3]),
+        residual_after_norm=options.residual_after_norm,
+        eps=options.eps,
+    )
+
+
+@torch.library.impl(LIBRARY, "bottleneck_adapter", "Autograd")
+def _autograd(*args):
+    n = len(INPUTS)
+    *options, backend = args[n:]
+    return _BottleneckAdapter.apply(Options(*options), support.choose_plan(args[0], backend), True, *args[:n])
+
+
+@torch.library.impl(LIBRARY, "bottleneck_adapter", "CompositeExplicitAutograd")
+def _inference(*args):
+    n = len(INPUTS)
+    *options, backend = args[n:]
+    x, residual, *others = args[:n]
+    rows = [tensor if tensor is None else tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, residual)]
+    y, *_ = _launch_fwd((*rows, *others), Options(*options), support.choose_plan(x, backend))
+    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
+
+
+@torch.library.register_fake("peft_fast::bottleneck_adapter", lib=LIBRARY)
+def _fake(x, residual, down_weight, down_bias, up_weight, *args):
+    return x.new_empty(*x.shape[:-1], up_weight.shape[0])
+
+
+def bottleneck_adapter(
+    x: Tensor,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    *,
+    down_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    activation: str = "relu",
+    scaling: float | Tensor = 1.0,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    norm_before: Norm | None = None,
+    norm_after: Norm | None = None,
+    residual_after_norm: bool = False,
+    eps: float = 1e-5,
+) -> Tensor:
+    """y = residual + scaling · drop(act(x Wdᵀ + bd) Wuᵀ + bu), the bottleneck adapter (Houlsby et al. 2019, section 2).
+
+    Args:
+        x: (..., K), of float64, float32, float16 or bfloat16.
+        down_weight: Wd (R, K), any R >= 1; x's dtype, or float32 beside a 16-bit x. So are all parameters.
+        up_weight: Wu (N, R).
+        down_bias, up_bias: bd (R,), bu (N,).
+        activation: "relu", "gelu" (erf), "gelu_new" (tanh), "silu", "tanh", "leaky_relu" (slope 0.01) or "identity".
+        scaling: a number, or a tensor of one element that is learned.
+        residual: (..., N), x's dtype: x itself in a sequential adapter; None adds nothing.
+        dropout_p: the probability, in [0, 1), with which an element of the adapter's output is dropped, quantised to
+            2^-16. Pass 0 outside training.
+        seed: one int64 on x's device that the mask is made from; drawn from torch's generator where not given.
+        norm_before: weight and bias (K,) of a LayerNorm on x.
+        norm_after: weight and bias (N,) of a LayerNorm on the sum y, or where `residual_after_norm` on the scaled
+            term before the residual is added.
+        eps: of both LayerNorms.
+
+    Returns y (..., N) in x's dtype. Autocast changes nothing but the dtypes that may meet: parameters follow x, and the
+    wider of x and residual is that of y. The mask is made again in backward, never stored.
+
+    Raises ValueError where shapes, dtypes or devices do not fit, for an unknown activation or a dropout_p out of range,
+    NotImplementedError where an explicit `backend` cannot serve.
+    """
+    parameters = [down_weight, down_bias, up_weight, up_bias, *(norm_before or _NO_NORM), *(norm_after or _NO_NORM)]
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+        x, residual, parameters = _autocast(x, residual, parameters)
+    skip = residual is x
+    tensors = (x, None if skip else residual, *parameters[:4], scaling, *parameters[4:])
+    _validate(tensors, activation, dropout_p, seed, residual, eps)
+    backend = support.current_backend(down_weight)
+    threshold = reference.drop_threshold(dropout_p) if dropout_p else 0
+    options = Options(skip, threshold, seed, activation, residual_after_norm, eps)
+    if threshold and seed is None:
+        if backend == "auto" and x.is_cpu and x.numel() < support.MIN_CPU_DROPOUT_ELEMENTS:
+            # The usual torch calls: seeding a generator twice would cost more than its fast dropout saves.
+            mask = torch.empty(*x.shape[:-1], up_weight.shape[0], dtype=down_weight.dtype).bernoulli_(1 - dropout_p)
+            return _differentiable(tensors, options, "eager", mask)
+        options = options._replace(seed=eager.draw_seed(x.device))
+    if support.runs_plainly(x):
+        plan = support.choose_plan(x, backend)
+        return _BottleneckAdapter.apply(options, plan, False, *tensors)
+    if not torch.compiler.is_compiling() and support.in_transform():
+        return _differentiable(tensors, options, support.choose_plan(x, backend))
+    return torch.ops.peft_fast.bottleneck_adapter(*_with_scaling(tensors), *options, backend)
