@@ -8,6 +8,7 @@ import peft_fast
 
 def test_public_names():
     assert sorted(peft_fast.__all__) == [
+        "BottleneckConfig",
         "PatchReport",
         "backend",
         "layers",

@@ -1,0 +1,9 @@
+"""The fine-tuning methods that peft lacks, as peft tuners. Importing this package adds them to peft's tables."""
+
+from peft_fast.methods._register import register_method
+from peft_fast.methods.bottleneck import BottleneckConfig, BottleneckLayer, BottleneckModel
+from peft_fast.methods.bottleneck_import import load_adapters_checkpoint
+
+__all__ = ["BottleneckConfig", "BottleneckLayer", "BottleneckModel", "load_adapters_checkpoint"]
+
+register_method("bottleneck", BottleneckConfig, BottleneckModel)

@@ -1,0 +1,395 @@
+"""Bottleneck adapters as a peft method: t = act(x Wdᵀ + bd) Wuᵀ + bu, added to what a module of the model returns.
+
+    houlsby     y = h + s·t(h)           h what the module returns                  (Houlsby et al. 2019)
+    pfeiffer    y = LN(u + s·t(LN(u)))   u what the module, a LayerNorm, receives   (Pfeiffer et al. 2021)
+                y = h + s·t(h + r)       any other module; r what `source_module` receives, else nothing
+    parallel    y = f(x) + s·t(x)        x what `source_module` receives, else f    (He et al. 2022)
+
+The published Pfeiffer adapter computes LN(h + s·t(LN(h + r)) + r) with h the feed-forward's output and r what the model
+adds to it: the second line, with u = h + r, and where there is no LN the third, to which the model adds r.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, Literal
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import PeftType
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_fast.methods.bottleneck_targets import default_targets
+from peft_fast.ops import bottleneck_adapter
+
+_STYLES = ("houlsby", "pfeiffer", "parallel")
+_ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "tanh", "leaky_relu", "identity")
+_INITS = ("zero_up", "houlsby")
+_CANNOT_MERGE = (
+    "a bottleneck adapter cannot be merged: it has a nonlinearity, so no weight of the base model can hold it. "
+    "Keep the adapter, or take it off with unload()"
+)
+
+
+@dataclass
+class BottleneckConfig(PeftConfig):
+    """Configuration of bottleneck adapters, for `peft.get_peft_model`.
+
+    Args:
+        style: "houlsby" puts one adapter behind the attention output and one behind the feed-forward output of each
+            layer, behind their dropout and before the model's residual and LayerNorm; "pfeiffer" one behind the
+            feed-forward, around the LayerNorm, or on the layer's output where a model normalizes first; "parallel" one
+            beside the feed-forward. Where a model has no dropout module there (OPT, BART) or shares it (ViT), and
+            beside T5's feed-forward, the adapter stands before the dropout. Cross-attention has none by default.
+        bottleneck_size: the bottleneck R. Give it or `reduction_factor`, not both.
+        reduction_factor: R = K / reduction_factor, rounded down, at least 1; 16 if neither is given.
+        activation: relu, gelu (erf), gelu_new (tanh), silu, tanh, leaky_relu (slope 0.01) or identity.
+        scaling: the factor s, or "learned" for a trained scalar that starts at 1.
+        dropout: the probability, in [0, 1), of dropping an element of the adapter's output t in training.
+        init: "zero_up": Wd as `nn.Linear` has it and Wu zero, so that the model starts as the base model; with
+            `dropout` 0 that also holds for training from the same seed (a dropout of its own draws from torch's
+            generator), with `norm_after` only where `residual_after_norm` is set. "houlsby": both normal with standard
+            deviation 0.01, cut at two of them. All biases start at zero.
+        norm_before: a LayerNorm of the adapter's own on x.
+        norm_after: one on its result, LN(residual + s·t), or on s·t alone with `residual_after_norm`.
+        residual_after_norm: see norm_after.
+        target_modules: names of modules, or a regular expression of whole names, as in other peft methods. By default
+            the places of `style` in the models that the package knows.
+        exclude_modules: names, or a regular expression, of modules that get no adapter.
+        layers_to_transform: numbers of the layers that get adapters. With default targets, they are written into
+            `target_modules`.
+        layers_pattern: the name of the list of layers, with `layers_to_transform` and targets of your own.
+        modules_to_save: modules to train and save beside the adapters, such as a new head.
+        source_module: the module, named from the target's nearest parent that has it, whose first input the adapter
+            reads: a parallel adapter in place of what the target receives, a Pfeiffer adapter beside what the target
+            returns. It must run before the target does.
+
+    Raises ValueError, naming the field and its value.
+    """
+
+    style: str = field(default="pfeiffer", metadata={"help": "Placement."})
+    bottleneck_size: int | None = field(default=None, metadata={"help": "The bottleneck R."})
+    reduction_factor: float | None = field(default=None, metadata={"help": "R = K / reduction_factor."})
+    activation: str = field(default="relu", metadata={"help": "The nonlinearity between the two projections."})
+    scaling: float | str = field(default=1.0, metadata={"help": "Factor of the adapter's output."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter's output."})
+    init: str = field(default="zero_up", metadata={"help": "Initial weights."})
+    norm_before: bool = field(default=False, metadata={"help": "LayerNorm of the adapter's own on its input."})
+    norm_after: bool = field(default=False, metadata={"help": "LayerNorm of the adapter's own on its result."})
+    residual_after_norm: bool = field(default=False, metadata={"help": "Keep the residual out of norm_after."})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules that get an adapter."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules that get none."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers that get adapters."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train and save as well."})
+    source_module: str | None = field(default=None, metadata={"help": "Whose input it reads."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("BOTTLENECK")
+        if self.bottleneck_size is None and self.reduction_factor is None:
+            self.reduction_factor = 16
+        self._check()
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as peft's own configs do
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+
+    def _check(self) -> None:
+        for name, choices in ("style", _STYLES), ("activation", _ACTIVATIONS), ("init", _INITS):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        size, factor = self.bottleneck_size, self.reduction_factor
+        if size is not None and factor is not None:
+            raise ValueError(
+                f"bottleneck_size, reduction_factor: give one of them, got bottleneck_size={size!r} and "
+                f"reduction_factor={factor!r}"
+            )
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise ValueError(f"bottleneck_size: expected a whole number of at least 1, got {size!r}")
+        if factor is not None and not (_is_number(factor) and factor > 0):
+            raise ValueError(f"reduction_factor: expected a number above 0, got {factor!r}")
+        if self.scaling != "learned" and not _is_number(self.scaling):
+            raise ValueError(f'scaling: expected a number or "learned", got {self.scaling!r}')
+        if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout: must lie in [0, 1), got {self.dropout!r}")
+        if self.residual_after_norm and not self.norm_after:
+            raise ValueError("residual_after_norm: needs norm_after, got residual_after_norm=True, norm_after=False")
+        if self.source_module is not None and self.style == "houlsby":
+            raise ValueError(f'source_module: style "houlsby" has none, got {self.source_module!r}')
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError(
+                f"layers_to_transform: write the layers into the regular expression target_modules, "
+                f"got {self.layers_to_transform!r} and {self.target_modules!r}"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(f"layers_pattern: needs layers_to_transform, got layers_pattern={self.layers_pattern!r}")
+
+
+class _Source:
+    """Keeps what a module of the model receives until the adapter beside it has read it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        # One entry a device, since the replicas of `nn.DataParallel` share this object.
+        self.inputs: dict[torch.device, Tensor] = {}
+        self.handle = module.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        self.inputs[x.device] = x
+
+    def take(self, device: torch.device) -> Tensor | None:
+        return self.inputs.pop(device, None)
+
+
+class BottleneckLayer(nn.Module, BaseTunerLayer):
+    """A module of the model and the adapters on it, by name; several active ones are applied one after the other."""
+
+    adapter_layer_names = (
+        "bottleneck_down",
+        "bottleneck_up",
+        "bottleneck_scaling",
+        "bottleneck_norm_before",
+        "bottleneck_norm_after",
+    )
+    other_param_names = ("bottleneck_config", "bottleneck_source")
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.bottleneck_down = nn.ModuleDict()
+        self.bottleneck_up = nn.ModuleDict()
+        self.bottleneck_scaling = nn.ParameterDict()
+        self.bottleneck_norm_before = nn.ModuleDict()
+        self.bottleneck_norm_after = nn.ModuleDict()
+        self.bottleneck_config: dict[str, BottleneckConfig] = {}
+        self.bottleneck_source: dict[str, _Source] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: BottleneckConfig,
+        like: Tensor,
+        hidden_size: int | None,
+        source: nn.Module | None,
+    ) -> None:
+        """Add an adapter of `like`'s device and dtype. Sizes come from the modules, else from `hidden_size`."""
+        base = self.get_base_layer()
+        N = _width(base, 1, hidden_size)
+        K = _width(base if source is None else source, 0, hidden_size) if config.style == "parallel" else N
+        R = config.bottleneck_size or max(1, int(K // config.reduction_factor))
+        down, up = nn.Linear(K, R), nn.Linear(R, N)
+        if config.init == "houlsby":
+            for weight in down.weight, up.weight:
+                nn.init.trunc_normal_(weight, std=0.01, a=-0.02, b=0.02)
+        else:
+            nn.init.zeros_(up.weight)
+        nn.init.zeros_(down.bias)
+        nn.init.zeros_(up.bias)
+        self.bottleneck_down[adapter_name], self.bottleneck_up[adapter_name] = down, up
+        if config.scaling == "learned":
+            self.bottleneck_scaling[adapter_name] = nn.Parameter(torch.ones(1))
+        if config.norm_before:
+            self.bottleneck_norm_before[adapter_name] = nn.LayerNorm(K)
+        if config.norm_after:
+            self.bottleneck_norm_after[adapter_name] = nn.LayerNorm(N)
+        for name in self.adapter_layer_names:
+            adapters = getattr(self, name)
+            # On the meta device the checkpoint that is about to be loaded brings the device.
+            if adapter_name in adapters and down.weight.device.type != "meta":
+                adapters[adapter_name] = adapters[adapter_name].to(like.device, like.dtype)
+        self.bottleneck_config[adapter_name] = config
+        self._drop_source(adapter_name)
+        if source is not None:
+            self.bottleneck_source[adapter_name] = _Source(source)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        active = [name for name in self.active_adapters if name in self.bottleneck_down and not self.disable_adapters]
+        x = args[0] if args else next(iter(kwargs.values()))
+        for name in active:
+            if self._is_around_norm(name):
+                x = self._adapt(name, self.base_layer(x), x)
+                args = (x,)
+        result = self.base_layer(*args, **kwargs)
+        y = result[0] if isinstance(result, tuple) else result
+        received = {name: source.take(y.device) for name, source in self.bottleneck_source.items()}
+        for name in active:
+            if name in received and received[name] is None:
+                raise ValueError(f"source_module: {self.bottleneck_config[name].source_module!r} did not run before")
+            if self.bottleneck_config[name].style == "parallel":
+                y = self._adapt(name, received.get(name, x), y)
+            elif not self._is_around_norm(name):
+                y = self._adapt(name, y + received[name] if name in received else y, y)
+        return (y, *result[1:]) if isinstance(result, tuple) else y
+
+    def _is_around_norm(self, adapter_name: str) -> bool:
+        config = self.bottleneck_config[adapter_name]
+        return config.style == "pfeiffer" and not config.source_module and isinstance(self.base_layer, nn.LayerNorm)
+
+    def _adapt(self, adapter_name: str, x: Tensor, residual: Tensor) -> Tensor:
+        """residual + s·t(x), in the residual's dtype."""
+        config, dtype = self.bottleneck_config[adapter_name], residual.dtype
+        scaling: Any = self.bottleneck_scaling[adapter_name] if config.scaling == "learned" else config.scaling
+
+        def weight_and_bias(modules: nn.ModuleDict) -> tuple[Tensor, Tensor]:
+            return _fit(modules[adapter_name].weight, dtype), _fit(modules[adapter_name].bias, dtype)
+
+        down_weight, down_bias = weight_and_bias(self.bottleneck_down)
+        up_weight, up_bias = weight_and_bias(self.bottleneck_up)
+        return bottleneck_adapter(
+            x.to(dtype),
+            down_weight,
+            up_weight,
+            down_bias=down_bias,
+            up_bias=up_bias,
+            activation=config.activation,
+            scaling=scaling,
+            residual=residual,
+            dropout_p=config.dropout if self.training else 0.0,
+            norm_before=weight_and_bias(self.bottleneck_norm_before) if config.norm_before else None,
+            norm_after=weight_and_bias(self.bottleneck_norm_after) if config.norm_after else None,
+            residual_after_norm=config.residual_after_norm,
+        )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._drop_source(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def release_sources(self) -> None:
+        """Take every hook off the model's other modules."""
+        for adapter_name in list(self.bottleneck_source):
+            self._drop_source(adapter_name)
+
+    def _drop_source(self, adapter_name: str) -> None:
+        if adapter_name in self.bottleneck_source:
+            self.bottleneck_source.pop(adapter_name).handle.remove()
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(_CANNOT_MERGE)
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged."""
+
+    def __repr__(self) -> str:
+        return "bottleneck." + super().__repr__()
+
+
+class BottleneckModel(BaseTuner):
+    """The peft tuner of `BottleneckConfig`."""
+
+    prefix = "bottleneck_"
+    tuner_layer_cls = BottleneckLayer
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        if peft_config.target_modules is None:
+            targets = default_targets(model_config, peft_config.style, peft_config.layers_to_transform)
+            if targets is None:
+                raise ValueError(
+                    f"target_modules: no default for a model of type {model_config.get('model_type')!r}; pass the "
+                    "names of modules whose output the adapters should change. "
+                    f"Found: {', '.join(_module_kinds(self.model))}"
+                )
+            peft_config.target_modules, source = targets
+            peft_config.source_module = peft_config.source_module or source
+            peft_config.layers_to_transform = peft_config.layers_pattern = None
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = target if isinstance(target, BottleneckLayer) else BottleneckLayer(target, adapter_name)
+        layer.update_layer(
+            adapter_name,
+            peft_config,
+            like=_floating_parameter(layer.get_base_layer(), parent, self.model),
+            hidden_size=_hidden_size(self.model),
+            source=_find_source(self.model, current_key, peft_config.source_module),
+        )
+        if layer is not target:
+            layer.train(target.training)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # peft's own looks for a weight, which a dropout or a whole layer does not have.
+        setattr(parent, child_name, new_module)
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(_CANNOT_MERGE)
+
+    def unload(self) -> nn.Module:
+        for module in self.model.modules():
+            if isinstance(module, BottleneckLayer):
+                module.release_sources()
+        return super().unload()
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _fit(parameter: Any, dtype: torch.dtype) -> Tensor:
+    """As the op takes it: in the activations' dtype, or in float32 beside 16 bits."""
+    beside = parameter.dtype == torch.float32 and dtype in (torch.float16, torch.bfloat16)
+    return parameter if beside else parameter.to(dtype)
+
+
+def _width(module: Any, side: Literal[0, 1], hidden_size: int | None) -> int:
+    """How many features a module receives (side 0) or returns (side 1)."""
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return (module.in_features, module.out_features)[side]
+    if isinstance(module, Conv1D):
+        return module.weight.shape[side]
+    if isinstance(module, nn.LayerNorm):
+        return module.normalized_shape[-1]
+    if hidden_size is None:
+        raise ValueError(
+            f"target_modules: the width of a {type(module).__name__} is not known, and the model's config has no "
+            "hidden_size; target linear layers or LayerNorms"
+        )
+    return hidden_size
+
+
+def _hidden_size(model: nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    return getattr(config, "hidden_size", None)
+
+
+def _floating_parameter(*modules: nn.Module) -> Tensor:
+    """The first one found: the device and dtype that the adapter should have."""
+    parameters: Iterator[Tensor] = chain.from_iterable(module.parameters() for module in modules)
+    return next((p for p in parameters if p.is_floating_point()), torch.empty(0))
+
+
+def _find_source(model: nn.Module, key: str, name: str | None) -> nn.Module | None:
+    """The module called `name` in the nearest parent of the module `key` that has one."""
+    if name is None:
+        return None
+    parent = key
+    while parent:
+        parent = parent.rpartition(".")[0]
+        try:
+            return model.get_submodule(f"{parent}.{name}" if parent else name)
+        except AttributeError:
+            continue
+    raise ValueError(f"source_module: no parent of {key} has a module {name!r}")
+
+
+def _module_kinds(model: nn.Module) -> list[str]:
+    """The names of the model's modules, each layer's once, with * for its number."""
+    names = (".".join("*" if part.isdigit() else part for part in name.split(".")) for name, _ in model.named_modules())
+    return list(dict.fromkeys(name for name in names if name))
