@@ -5,7 +5,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from peft_fast import reference
+from peft_fast.ops.bottleneck_adapter import bottleneck_adapter
 from peft_fast.ops.lora_linear import lora_linear
+
+ADAPTER_INITS = ("houlsby", "zero_up")
 
 
 class LoraLinear(nn.Module):
@@ -87,3 +91,95 @@ class LoraLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, merged={self.merged}"
+
+
+class BottleneckAdapter(nn.Module):
+    """A trainable bottleneck: y = residual + scaling · drop(act(x Wdᵀ + bd) Wuᵀ + bu) (Houlsby et al. 2019, section 2).
+
+    Called with x alone it is the sequential adapter, whose residual is x; `adapter(x, residual=feed_forward(x))` is the
+    parallel one (He et al. 2022, section 3.3).
+
+    Args:
+        in_features: K, the width of x.
+        bottleneck_size: R >= 1.
+        out_features: N, the width of y; in_features where not given.
+        activation: see `ops.bottleneck_adapter`.
+        scaling: a number, or "learned": a parameter that starts at 1.
+        dropout: the probability, in [0, 1), of dropping an element of the adapter's output in training.
+        norm_before, norm_after: whether there is a LayerNorm on x, and on the sum y.
+        residual_after_norm: add the residual behind the second LayerNorm rather than before it.
+        init: "houlsby", weights normal with standard deviation 0.01 cut at two of them; or "zero_up", `down_weight`
+            as in `nn.Linear` and `up_weight` zero, so that the layer starts as y = residual. Biases are zero.
+
+    x is (..., K), residual and y (..., N). Raises ValueError where an argument is out of range.
+    """
+
+    scaling: float | nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        bottleneck_size: int,
+        out_features: int | None = None,
+        *,
+        activation: str = "relu",
+        scaling: float | str = 1.0,
+        dropout: float = 0.0,
+        norm_before: bool = False,
+        norm_after: bool = False,
+        residual_after_norm: bool = False,
+        init: str = "zero_up",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        out_features = out_features or in_features
+        if not isinstance(bottleneck_size, int) or bottleneck_size < 1:
+            raise ValueError(f"bottleneck_size: expected a whole number of at least 1, got {bottleneck_size!r}")
+        if activation not in reference.ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
+        if scaling != "learned" and not isinstance(scaling, (int, float)):
+            raise ValueError(f'scaling: expected a number or "learned", got {scaling!r}')
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout: must lie in [0, 1), got {dropout}")
+        if init not in ADAPTER_INITS:
+            raise ValueError(f"init: expected one of {', '.join(ADAPTER_INITS)}, got {init!r}")
+        self.activation, self.dropout, self.residual_after_norm = activation, dropout, residual_after_norm
+        options = {"device": device, "dtype": dtype}
+        self.down_weight = nn.Parameter(torch.empty(bottleneck_size, in_features, **options))
+        self.down_bias = nn.Parameter(torch.zeros(bottleneck_size, **options))
+        self.up_weight = nn.Parameter(torch.zeros(out_features, bottleneck_size, **options))
+        self.up_bias = nn.Parameter(torch.zeros(out_features, **options))
+        self.scaling = nn.Parameter(torch.ones(1, **options)) if scaling == "learned" else scaling
+        self.norm_before = nn.LayerNorm(in_features, **options) if norm_before else None
+        self.norm_after = nn.LayerNorm(out_features, **options) if norm_after else None
+        if init == "houlsby":
+            for weight in (self.down_weight, self.up_weight):
+                nn.init.trunc_normal_(weight, std=0.01, a=-0.02, b=0.02)
+        else:
+            nn.init.kaiming_uniform_(self.down_weight, a=math.sqrt(5))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return bottleneck_adapter(
+            x,
+            self.down_weight,
+            self.up_weight,
+            down_bias=self.down_bias,
+            up_bias=self.up_bias,
+            activation=self.activation,
+            scaling=self.scaling,
+            residual=x if residual is None else residual,
+            dropout_p=self.dropout if self.training else 0.0,
+            norm_before=_parameters(self.norm_before),
+            norm_after=_parameters(self.norm_after),
+            residual_after_norm=self.residual_after_norm,
+        )
+
+    def extra_repr(self) -> str:
+        (R, K), N = self.down_weight.shape, self.up_weight.shape[0]
+        scaling = self.scaling if isinstance(self.scaling, (int, float)) else "learned"
+        return f"{K} -> {R} -> {N}, activation={self.activation}, scaling={scaling}, dropout={self.dropout}"
+
+
+def _parameters(norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor] | None:
+    return None if norm is None else (norm.weight, norm.bias)

@@ -94,3 +94,80 @@ def lora_linear_inputs(
         scaling=scaling,
         dy=normal(M, N),
     )
+
+
+@dataclass
+class BottleneckAdapterInputs:
+    """Tensors for one call of `bottleneck_adapter` and the gradient `dy` that flows into it.
+
+    `residual` may be `x` itself. `parameters` has the names of the op's arguments; a norm is a (weight, bias) pair.
+    """
+
+    x: Tensor
+    residual: Tensor | None
+    parameters: dict[str, Any]
+    dy: Tensor
+
+    def to(self, dtype: torch.dtype) -> "BottleneckAdapterInputs":
+        """The same values in another dtype, detached."""
+        x, dy = self.x.detach().to(dtype), self.dy.to(dtype)
+        residual = x if self.residual is self.x else None if self.residual is None else self.residual.detach().to(dtype)
+        return BottleneckAdapterInputs(x, residual, {n: _to(p, dtype) for n, p in self.parameters.items()}, dy)
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Every different tensor of the call but `dy`, by name."""
+        tensors = {"x": self.x}
+        if self.residual is not None and self.residual is not self.x:
+            tensors["residual"] = self.residual
+        for name, parameter in self.parameters.items():
+            if isinstance(parameter, tuple):
+                tensors |= {f"{name}_weight": parameter[0], f"{name}_bias": parameter[1]}
+            elif isinstance(parameter, Tensor):
+                tensors[name] = parameter
+        return tensors
+
+
+def _to(parameter: Any, dtype: torch.dtype) -> Any:
+    if isinstance(parameter, tuple):
+        return tuple(_to(tensor, dtype) for tensor in parameter)
+    return parameter.detach().to(dtype) if isinstance(parameter, Tensor) else parameter
+
+
+def bottleneck_adapter_inputs(
+    M: int,
+    K: int,
+    R: int,
+    N: int | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    factor_dtype: torch.dtype | None = None,
+    residual: str | None = "x",
+    bias: bool = True,
+    norm_before: bool = False,
+    norm_after: bool = False,
+    learned_scaling: bool = False,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> BottleneckAdapterInputs:
+    """Random inputs whose adapter term is about as large as the residual, so that neither hides the other.
+
+    x (M, K), residual and dy (M, N) have `dtype`, the parameters `factor_dtype`. `residual` is "x" for x itself,
+    "other" for a tensor of its own, or None; N is K where not given.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    N, factor_dtype = N or K, factor_dtype or dtype
+
+    def normal(*shape: int, std: float = 1.0, mean: float = 0.0, dtype: torch.dtype = factor_dtype) -> Tensor:
+        values = torch.randn(*shape, generator=generator, dtype=torch.float64) * std + mean
+        return values.to(device=device, dtype=dtype)
+
+    x = normal(M, K, dtype=dtype)
+    parameters: dict[str, Any] = {"down_weight": normal(R, K, std=K**-0.5), "up_weight": normal(N, R, std=R**-0.5)}
+    if bias:
+        parameters |= {"down_bias": normal(R), "up_bias": normal(N)}
+    for name, wanted, width in (("norm_before", norm_before, K), ("norm_after", norm_after, N)):
+        if wanted:
+            parameters[name] = (normal(width, std=0.2, mean=1.0), normal(width, std=0.2))
+    parameters["scaling"] = normal(1, std=0.1, mean=0.7) if learned_scaling else 0.7
+    other = normal(M, N, dtype=dtype) if residual == "other" else None
+    return BottleneckAdapterInputs(x, x if residual == "x" else other, parameters, normal(M, N, dtype=dtype))

@@ -376,9 +376,16 @@ def bottleneck_adapter(
     parameters = [down_weight, down_bias, up_weight, up_bias, *(norm_before or _NO_NORM), *(norm_after or _NO_NORM)]
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         x, residual, parameters = _autocast(x, residual, parameters)
+        with torch.autocast(x.device.type, enabled=False):
+            return _apply(x, residual, parameters, scaling, activation, dropout_p, seed, residual_after_norm, eps)
+    return _apply(x, residual, parameters, scaling, activation, dropout_p, seed, residual_after_norm, eps)
+
+
+def _apply(x, residual, parameters, scaling, activation, dropout_p, seed, residual_after_norm, eps):
     skip = residual is x
     tensors = (x, None if skip else residual, *parameters[:4], scaling, *parameters[4:])
     _validate(tensors, activation, dropout_p, seed, residual, eps)
+    down_weight, up_weight = parameters[0], parameters[2]
     backend = support.current_backend(down_weight)
     threshold = reference.drop_threshold(dropout_p) if dropout_p else 0
     options = Options(skip, threshold, seed, activation, residual_after_norm, eps)

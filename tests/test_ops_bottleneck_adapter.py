@@ -1,0 +1,425 @@
+"""The bottleneck adapter op against its reference, under every transform of torch that it promises to serve."""
+
+import itertools
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
+
+import peft_fast
+from peft_fast import eager, reference
+from peft_fast.ops import bottleneck_adapter
+from peft_fast.testing import BottleneckAdapterInputs, assert_within_budget, bottleneck_adapter_inputs
+
+BACKENDS = ["eager"]
+ACTIVATIONS = list(reference.ACTIVATIONS)
+NORMS = {
+    "plain": {},
+    "before": {"norm_before": True},
+    "after": {"norm_after": True},
+    "both": {"norm_before": True, "norm_after": True},
+}
+SEED = 29
+
+
+def mask_of(backend: str, inputs: BottleneckAdapterInputs, dropout_p: float) -> torch.Tensor | None:
+    if not dropout_p:
+        return None
+    shape, threshold = inputs.dy.shape, reference.drop_threshold(dropout_p)
+    if backend == "eager":
+        return eager.dropout_mask(torch.tensor([SEED]), shape, threshold)
+    from peft_fast.kernels.dropout import dropout_mask
+
+    return dropout_mask(torch.tensor([SEED]), shape, threshold)
+
+
+def forward_backward(op, inputs: BottleneckAdapterInputs, **kwargs) -> dict[str, torch.Tensor]:
+    """y and the gradient of every tensor of the call, by name."""
+    leaves = {name: leaf.requires_grad_() for name, leaf in inputs.leaves().items()}
+    y = op(inputs.x, residual=inputs.residual, **inputs.parameters, **kwargs)
+    return {"y": y.detach()} | dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), inputs.dy), strict=True))
+
+
+def assert_op_within_budget(backend: str, *calls: BottleneckAdapterInputs, dropout_p: float = 0.0, **options) -> None:
+    """Every result of the calls, taken together, within the error budget."""
+    results = []
+    for inputs in calls:
+        with peft_fast.backend(backend):
+            seed = torch.tensor([SEED])
+            actual = forward_backward(bottleneck_adapter, inputs, dropout_p=dropout_p, seed=seed, **options)
+        masked = options | {"dropout_p": dropout_p, "keep_mask": mask_of(backend, inputs, dropout_p)}
+        expected = forward_backward(reference.bottleneck_adapter, inputs, **masked)
+        truth = forward_backward(reference.bottleneck_adapter, inputs.to(torch.float64), **masked)
+        assert actual.keys() == truth.keys()
+        assert all(actual[name].shape == truth[name].shape for name in truth)
+        results.append((actual, truth, expected))
+    (M, K), R = inputs.x.shape, inputs.parameters["down_weight"].shape[0]
+    length = max(M, K, R, inputs.dy.shape[1])
+    if inputs.parameters.keys() & {"norm_before", "norm_after"}:
+        length *= 16  # the statistics of a row enter all of it
+    for name in truth:
+        values = [torch.cat([result[name].flatten() for result in kind]) for kind in zip(*results, strict=True)]
+        if name == "scaling" and inputs.dy.dtype == torch.float64:  # one sum of M·N terms that cancel
+            terms = inputs.dy.norm() * truth["y"].norm()
+            assert (values[0] - values[1]).abs() <= 4 * torch.finfo(torch.float64).eps * terms, name
+        else:
+            assert_within_budget(*values, length=length, name=name)
+
+
+DTYPES = [
+    pytest.param(torch.float64, None, id="fp64"),
+    pytest.param(torch.float32, None, id="fp32"),
+    pytest.param(torch.bfloat16, None, id="bf16"),
+    pytest.param(torch.float16, None, id="fp16"),
+    pytest.param(torch.bfloat16, torch.float32, id="bf16-fp32"),
+    pytest.param(torch.float16, torch.float32, id="fp16-fp32"),
+]
+
+
+# A smooth activation here: relu's derivative jumps where rounding moves z across zero, in eager too.
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1, 0.5], ids=lambda p: f"p{p}")
+@pytest.mark.parametrize("norms", NORMS)
+@pytest.mark.parametrize(("dtype", "factor_dtype"), DTYPES)
+def test_error_budget(backend, dtype, factor_dtype, norms, dropout_p):
+    inputs = bottleneck_adapter_inputs(131, 160, 24, dtype=dtype, factor_dtype=factor_dtype, **NORMS[norms])
+    assert_op_within_budget(backend, inputs, dropout_p=dropout_p, activation="gelu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("residual", ["x", "other", None])
+@pytest.mark.parametrize("residual_after_norm", [False, True])
+@pytest.mark.parametrize("norms", NORMS)
+@pytest.mark.parametrize("learned", [False, True], ids=["number", "learned"])
+def test_every_arrangement(backend, residual, norms, residual_after_norm, learned):
+    for activation, bias, dropout_p in itertools.product(ACTIVATIONS, [False, True], [0.0, 0.3]):
+        inputs = bottleneck_adapter_inputs(
+            12, 24, 5, dtype=torch.float64, residual=residual, bias=bias, learned_scaling=learned, **NORMS[norms]
+        )
+        options = {"activation": activation, "residual_after_norm": residual_after_norm}
+        assert_op_within_budget(backend, inputs, dropout_p=dropout_p, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("R", [1, 8, 48, 64, 200, 300])
+@pytest.mark.parametrize("K", [64, 384, 768, 1000])
+@pytest.mark.parametrize("M", [0, 1, 17, 300])
+def test_sizes(backend, M, K, R):
+    norms = list(NORMS.values())[(M + K + R) % 4]
+    # Of one number in the middle, eager's own error in one call is chance.
+    calls = [bottleneck_adapter_inputs(M, K, R, seed=seed, **norms) for seed in range(8 if R == 1 else 1)]
+    assert_op_within_budget(backend, *calls, dropout_p=0.1, activation="silu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_another_width_out(backend):
+    for residual in ("other", None):
+        inputs = bottleneck_adapter_inputs(40, 24, 6, 56, residual=residual, norm_after=True)
+        assert_op_within_budget(backend, inputs, dropout_p=0.1, activation="tanh")
+
+
+def test_several_dropout_blocks():
+    assert_op_within_budget("eager", bottleneck_adapter_inputs(1500, 400, 8), dropout_p=0.3, activation="gelu_new")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("norms", NORMS)
+def test_gradcheck(backend, norms, dropout_p):
+    inputs = bottleneck_adapter_inputs(3, 5, 2, dtype=torch.float64, learned_scaling=True, **NORMS[norms])
+    names, leaves = zip(*inputs.leaves().items(), strict=True)
+
+    def op(*leaves):
+        named = dict(zip(names, leaves, strict=True))
+        for norm in NORMS[norms]:
+            named[norm] = named.pop(f"{norm}_weight"), named.pop(f"{norm}_bias")
+        options = {"dropout_p": dropout_p, "seed": torch.tensor([5]), "activation": "tanh"}
+        return bottleneck_adapter(residual=named["x"], **named, **options)
+
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    with peft_fast.backend(backend):
+        assert torch.autograd.gradcheck(op, leaves)
+        assert torch.autograd.gradgradcheck(op, leaves)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(12,), (4, 12), (2, 3, 12)], ids=lambda shape: f"{len(shape)}d")
+def test_leading_dimensions(backend, shape):
+    inputs = bottleneck_adapter_inputs(1, 12, 4, dtype=torch.float64, norm_before=True)
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    with peft_fast.backend(backend):
+        y = bottleneck_adapter(x, residual=x, **inputs.parameters)
+    expected = reference.bottleneck_adapter(x, residual=x, **inputs.parameters)
+    (dx,), (true_dx,) = torch.autograd.grad(y.sum(), x), torch.autograd.grad(expected.sum(), x)
+    assert y.shape == shape
+    assert torch.allclose(y, expected, rtol=1e-12)
+    assert torch.allclose(dx, true_dx, rtol=1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides(backend):
+    # A transposed x and weights, and an expanded dy, which `sum` gives.
+    inputs = bottleneck_adapter_inputs(40, 24, 6, dtype=torch.float64)
+    truth = forward_backward(reference.bottleneck_adapter, inputs)
+    strided = inputs.to(torch.float64)
+    strided.x = strided.residual = inputs.x.detach().t().contiguous().t()
+    for name in ("down_weight", "up_weight"):
+        strided.parameters[name] = strided.parameters[name].t().contiguous().t()
+    with peft_fast.backend(backend):
+        actual = forward_backward(bottleneck_adapter, strided)
+        strided.dy = torch.ones(1, 1, dtype=torch.float64).expand(40, 24)
+        of_ones = forward_backward(bottleneck_adapter, strided)
+    for name, value in truth.items():
+        assert_within_budget(actual[name], value, value, length=40, name=name)
+    inputs.dy = torch.ones(40, 24, dtype=torch.float64)
+    for name, value in forward_backward(reference.bottleneck_adapter, inputs).items():
+        assert_within_budget(of_ones[name], value, value, length=40, name=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("residual", ["x", "other"])
+def test_each_gradient_alone(backend, residual):
+    options = {"norm_before": True, "norm_after": True, "learned_scaling": True, "residual": residual}
+    inputs = bottleneck_adapter_inputs(20, 12, 3, dtype=torch.float64, **options)
+    call = {"dropout_p": 0.25, "seed": torch.tensor([SEED])}
+    keep_mask = mask_of(backend, inputs, 0.25)
+    for name, leaf in inputs.leaves().items():
+        for other in inputs.leaves().values():
+            other.requires_grad_(other is leaf)
+        with peft_fast.backend(backend):
+            y = bottleneck_adapter(inputs.x, residual=inputs.residual, **inputs.parameters, **call)
+        expected = reference.bottleneck_adapter(
+            inputs.x, residual=inputs.residual, **inputs.parameters, dropout_p=0.25, keep_mask=keep_mask
+        )
+        (actual,), (truth,) = torch.autograd.grad(y, leaf, inputs.dy), torch.autograd.grad(expected, leaf, inputs.dy)
+        assert_within_budget(actual, truth, truth, length=400, name=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dtype", "factor_dtype"), DTYPES[1:])
+@pytest.mark.parametrize("norms", NORMS)
+def test_saved_for_backward(backend, dtype, factor_dtype, norms):
+    """x itself, z, the statistics of a row before each norm, the parameters and the seed: no mask, and never y."""
+    M, K, R = 128, 64, 8
+    inputs = bottleneck_adapter_inputs(M, K, R, dtype=dtype, factor_dtype=factor_dtype, **NORMS[norms])
+    leaves = [leaf.requires_grad_() for leaf in inputs.leaves().values()]
+    known, saved = {leaf.data_ptr() for leaf in leaves}, []
+    with (
+        peft_fast.backend(backend),
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor),
+    ):
+        bottleneck_adapter(inputs.x, residual=inputs.x, **inputs.parameters, dropout_p=0.1)
+    others = sorted(tensor.nbytes for tensor in saved if tensor.data_ptr() not in known)
+    assert others == sorted([8, 4 * M * R, *[4 * 2 * M] * len(NORMS[norms])])
+
+
+def test_residual_is_kept_only_for_a_norm_over_it():
+    for norms, after, kept in (("plain", False, False), ("after", True, False), ("after", False, True)):
+        inputs = bottleneck_adapter_inputs(64, 32, 4, residual="other", **NORMS[norms])
+        inputs.parameters["down_weight"].requires_grad_()
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            bottleneck_adapter(inputs.x, residual=inputs.residual, **inputs.parameters, residual_after_norm=after)
+        assert (inputs.residual.data_ptr() in {tensor.data_ptr() for tensor in saved}) == kept
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_same_inputs_same_bits(backend):
+    inputs = bottleneck_adapter_inputs(150, 64, 8, norm_before=True, norm_after=True)
+    options = {"dropout_p": 0.1, "seed": torch.tensor([3])}
+    with peft_fast.backend(backend):
+        first, second = (forward_backward(bottleneck_adapter, inputs, **options) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_each_call_draws_its_own_mask():
+    for M in (32, 2048):  # below and above the size from which masks are seeded
+        inputs = bottleneck_adapter_inputs(M, 64, 4)
+        call = {"residual": inputs.x, **inputs.parameters, "dropout_p": 0.5}
+        torch.manual_seed(0)
+        first, second = (bottleneck_adapter(inputs.x, **call) for _ in range(2))
+        torch.manual_seed(0)
+        assert torch.equal(bottleneck_adapter(inputs.x, **call), first)
+        assert not torch.equal(first, second)
+        dropped = ((first - inputs.x).abs() < 1e-7).double().mean()
+        assert abs(dropped - 0.5) < 5 * 0.5 / (M * 64) ** 0.5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_checkpointing_recomputes_the_same_mask(backend, use_reentrant):
+    inputs = bottleneck_adapter_inputs(64, 48, 4)
+    leaves = [leaf.requires_grad_() for leaf in inputs.leaves().values()]
+
+    def block(x):
+        for _ in range(2):
+            x = bottleneck_adapter(x, residual=x, **inputs.parameters, dropout_p=0.5)
+        return x
+
+    with peft_fast.backend(backend):
+        torch.manual_seed(4)
+        plain = torch.autograd.grad(block(inputs.x), leaves, inputs.dy)
+        torch.manual_seed(4)
+        checkpoint(block, inputs.x, use_reentrant=use_reentrant).backward(inputs.dy)
+    for leaf, grad in zip(leaves, plain, strict=True):
+        assert torch.equal(leaf.grad, grad)
+
+
+def test_zero_up_is_the_residual():
+    inputs = bottleneck_adapter_inputs(64, 48, 4, norm_before=True)
+    inputs.parameters["up_weight"].zero_()
+    inputs.parameters["up_bias"].zero_()
+    for dropout_p in (0.0, 0.1):
+        y = bottleneck_adapter(inputs.x, residual=inputs.x, **inputs.parameters, dropout_p=dropout_p)
+        assert torch.equal(y, inputs.x)
+
+
+def test_output_may_be_changed_in_place_and_graph_kept():
+    inputs = bottleneck_adapter_inputs(6, 8, 2)
+    x = inputs.x.view(2, 3, 8).requires_grad_()
+    y = bottleneck_adapter(x, residual=x, **inputs.parameters)
+    y += 1
+    first = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    assert torch.equal(first[0], torch.autograd.grad(y.sum(), x)[0])
+
+
+def test_input_changed_in_place_is_a_clear_error():
+    inputs = bottleneck_adapter_inputs(6, 8, 2)
+    x = inputs.x.requires_grad_() * 1
+    y = bottleneck_adapter(x, residual=x, **inputs.parameters)
+    x += 1
+    with pytest.raises(RuntimeError, match=r"bottleneck_adapter: .* changed in place"):
+        y.sum().backward()
+
+
+def usual_modules(x, parameters):
+    z = F.linear(x, parameters["down_weight"], parameters["down_bias"])
+    return F.linear(F.gelu(z), parameters["up_weight"], parameters["up_bias"]) * parameters["scaling"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype):
+    # x comes from a linear layer in autocast's dtype, the residual from a LayerNorm in fp32, parameters are fp32.
+    inputs = bottleneck_adapter_inputs(64, 48, 8, residual="other")
+    leaves = [leaf.requires_grad_() for leaf in inputs.leaves().values()]
+    with torch.autocast("cpu", dtype=dtype):
+        x = inputs.x.to(dtype)
+        y = bottleneck_adapter(x, residual=inputs.residual, **inputs.parameters, activation="gelu")
+        usual = inputs.residual + usual_modules(x, inputs.parameters)
+    assert y.dtype == torch.float32
+    truth = reference.bottleneck_adapter(x.float(), residual=inputs.residual, **inputs.parameters, activation="gelu")
+    grads = torch.autograd.grad(y, leaves, inputs.dy)
+    for value, true_value in zip(grads, torch.autograd.grad(truth, leaves, inputs.dy), strict=True):
+        assert torch.allclose(value, true_value, rtol=1e-2, atol=1e-2 * true_value.abs().max().item())
+    assert (y - truth).abs().max() <= (usual - truth).abs().max()
+
+
+def schema_arguments():
+    inputs = bottleneck_adapter_inputs(8, 16, 4, norm_before=True, norm_after=True)
+    named = {name: leaf.requires_grad_() for name, leaf in inputs.leaves().items()}
+    order = ("down_weight", "down_bias", "up_weight", "up_bias")
+    norms = [named[f"norm_{side}_{part}"] for side in ("before", "after") for part in ("weight", "bias")]
+    tensors = [named["x"], None, *(named[name] for name in order), torch.tensor(0.7), *norms]
+    return tensors, [True, 6554, torch.tensor([3]), "gelu", False, 1e-5]
+
+
+def test_opcheck():
+    tensors, options = schema_arguments()
+    torch.library.opcheck(torch.ops.peft_fast.bottleneck_adapter.default, (*tensors, *options, "eager"))
+
+
+def test_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        inputs = bottleneck_adapter_inputs(8, 16, 4)
+        x = mode.from_tensor(torch.randn(8, 16)).requires_grad_()
+        parameters = {name: p if isinstance(p, float) else mode.from_tensor(p) for name, p in inputs.parameters.items()}
+        y = bottleneck_adapter(x, residual=x, **parameters, dropout_p=0.1)
+        (dx,) = torch.autograd.grad(y.sum(), x)
+    assert (y.shape, dx.shape) == ((8, 16), (8, 16))
+
+
+def test_make_fx_records_aten_calls_and_the_mask():
+    inputs = bottleneck_adapter_inputs(8, 16, 4, norm_before=True)
+    leaves = list(inputs.leaves().values())
+
+    def step(*leaves):
+        y = bottleneck_adapter(
+            inputs.x, residual=inputs.x, **inputs.parameters, dropout_p=0.1, seed=torch.tensor([3]), activation="gelu"
+        )
+        return torch.autograd.grad(y.sum(), leaves)
+
+    for leaf in leaves:
+        leaf.requires_grad_()
+    graph = make_fx(step)(*leaves)
+    ops = {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
+    assert "peft_fast.dropout_mask.default" in ops
+    assert not any("bottleneck" in op for op in ops)
+    for traced, direct in zip(graph(*leaves), step(*leaves), strict=True):
+        assert torch.allclose(traced, direct, rtol=1e-5, atol=1e-6)
+
+
+# Inductor imports modules that torch itself has deprecated.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("norms", ["plain", "both"])
+def test_compiled_is_one_graph_with_the_same_results(norms, dropout_p):
+    inputs = bottleneck_adapter_inputs(32, 24, 4, **NORMS[norms])
+    options = {"dropout_p": dropout_p, "seed": torch.tensor([3]), "activation": "silu"}
+    plain = forward_backward(bottleneck_adapter, inputs, **options)
+    torch._dynamo.reset()
+    compiled = forward_backward(torch.compile(bottleneck_adapter, fullgraph=True), inputs, **options)
+    for name, value in plain.items():
+        assert torch.allclose(compiled[name], value, rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_transforms(backend):
+    inputs = bottleneck_adapter_inputs(6, 8, 3, dtype=torch.float64)
+    options = {"residual": inputs.x, "activation": "tanh", "dropout_p": 0.5, "seed": torch.tensor([SEED])}
+    parameters = dict(inputs.parameters)
+    down = parameters.pop("down_weight")
+
+    def loss(down):
+        return (bottleneck_adapter(inputs.x, down, **parameters, **options) * inputs.dy).sum()
+
+    with peft_fast.backend(backend):
+        functional = torch.func.grad(loss)(down)
+        leaf = down.clone().requires_grad_()
+        y = bottleneck_adapter(inputs.x, leaf, **parameters, **options)
+        dys = torch.randn(3, *y.shape, dtype=torch.float64)
+        (batched,) = torch.autograd.grad(y, leaf, dys, is_grads_batched=True, retain_graph=True)
+        (plain,) = torch.autograd.grad(loss(leaf), leaf)
+    assert torch.allclose(functional, plain)
+    for dy, value in zip(dys, batched, strict=True):
+        assert torch.allclose(value, torch.autograd.grad(y, leaf, dy, retain_graph=True)[0])
+
+
+BAD = {
+    "x": ({"x": torch.randn(4, 9)}, "x does not fit: expected x (..., K)"),
+    "residual": ({"residual": torch.randn(4, 9)}, "residual does not fit"),
+    "up_weight": ({"up_weight": torch.randn(8, 3)}, "up_weight does not fit"),
+    "down_bias": ({"down_bias": torch.randn(3)}, "down_bias does not fit"),
+    "norm": ({"norm_after": (torch.ones(9), torch.ones(9))}, "norm_after_weight does not fit"),
+    "activation": ({"activation": "mish"}, "activation must be one of relu, gelu"),
+    "dropout": ({"dropout_p": 1.5}, "dropout_p must lie in [0, 1), got 1.5"),
+    "integer": ({"x": torch.ones(4, 8, dtype=torch.int64)}, "x has dtype torch.int64"),
+    "dtypes": ({"up_weight": torch.randn(8, 2).double()}, "all parameters must have one dtype"),
+    "half": ({"x": torch.randn(4, 8).double()}, "x's dtype, or float32"),
+    "device": ({"up_bias": torch.empty(8, device="meta")}, "x is on cpu and up_bias on meta"),
+    "scaling": ({"scaling": "big"}, "scaling must be a number"),
+    "scalings": ({"scaling": torch.ones(2)}, "scaling must be a number or a tensor of one element"),
+    "seed": ({"seed": torch.tensor([1.0])}, "seed must be one int64"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    arguments = {"x": torch.randn(4, 8), "down_weight": torch.randn(2, 8), "up_weight": torch.randn(8, 2)}
+    changes, message = BAD[case]
+    with pytest.raises(ValueError, match=f"bottleneck_adapter: .*{re.escape(message)}"):
+        bottleneck_adapter(**(arguments | changes))
