@@ -1,6 +1,7 @@
 """Fused layers for code that does not use PEFT."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -145,12 +146,12 @@ class BottleneckAdapter(nn.Module):
         if init not in ADAPTER_INITS:
             raise ValueError(f"init: expected one of {', '.join(ADAPTER_INITS)}, got {init!r}")
         self.activation, self.dropout, self.residual_after_norm = activation, dropout, residual_after_norm
-        options = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.down_weight = nn.Parameter(torch.empty(bottleneck_size, in_features, **options))
         self.down_bias = nn.Parameter(torch.zeros(bottleneck_size, **options))
         self.up_weight = nn.Parameter(torch.zeros(out_features, bottleneck_size, **options))
         self.up_bias = nn.Parameter(torch.zeros(out_features, **options))
-        self.scaling = nn.Parameter(torch.ones(1, **options)) if scaling == "learned" else scaling
+        self.scaling = nn.Parameter(torch.ones(1, **options)) if isinstance(scaling, str) else scaling
         self.norm_before = nn.LayerNorm(in_features, **options) if norm_before else None
         self.norm_after = nn.LayerNorm(out_features, **options) if norm_after else None
         if init == "houlsby":

@@ -5,7 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from peft_fast.layers import LoraLinear
+from peft_fast import reference
+from peft_fast.layers import BottleneckAdapter, LoraLinear
 
 
 def test_is_the_layer_of_peft():
@@ -77,3 +78,59 @@ def test_a_merged_layer_loads_as_merged():
     fresh.load_state_dict(merged.state_dict())
     x = torch.randn(6, 24)
     assert torch.equal(fresh(x), merged(x))
+
+
+@pytest.mark.parametrize("scaling", [0.5, "learned"])
+def test_bottleneck_adapter_is_the_usual_modules(scaling):
+    adapter = BottleneckAdapter(24, 6, activation="gelu", scaling=scaling, norm_before=True, norm_after=True)
+    nn.init.normal_(adapter.up_weight)
+    x = torch.randn(3, 5, 24)
+    down, up = nn.Linear(24, 6), nn.Linear(6, 24)
+    down.weight, down.bias, up.weight, up.bias = (
+        getattr(adapter, name) for name in ("down_weight", "down_bias", "up_weight", "up_bias")
+    )
+    term = up(nn.functional.gelu(down(adapter.norm_before(x)))) * adapter.scaling
+    assert torch.allclose(adapter(x), adapter.norm_after(x + term), atol=1e-6)
+    adapter(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in adapter.parameters())
+
+
+def test_bottleneck_adapter_starts_as_its_residual():
+    x = torch.randn(6, 24)
+    assert torch.equal(BottleneckAdapter(24, 6, dropout=0.1)(x), x)
+    assert (BottleneckAdapter(24, 6, init="houlsby")(x) - x).abs().max() < 0.1
+
+
+def test_parallel_bottleneck_adapter():
+    adapter, feed_forward = BottleneckAdapter(24, 6, 40), nn.Linear(24, 40)
+    nn.init.normal_(adapter.up_weight)
+    x = torch.randn(6, 24)
+    y = adapter(x, residual=feed_forward(x))
+    expected = feed_forward(x) + reference.bottleneck_adapter(
+        x, adapter.down_weight, adapter.up_weight, down_bias=adapter.down_bias, up_bias=adapter.up_bias
+    )
+    assert torch.allclose(y, expected, atol=1e-5)
+
+
+def test_bottleneck_adapter_drops_in_training_alone():
+    adapter = BottleneckAdapter(24, 6, dropout=0.5)
+    nn.init.normal_(adapter.up_weight)
+    x = torch.randn(6, 24)
+    assert not torch.equal(adapter(x), adapter(x))
+    adapter.eval()
+    assert torch.equal(adapter(x), adapter(x))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bottleneck_size": 0}, "bottleneck_size: expected a whole number"),
+        ({"bottleneck_size": 4, "activation": "mish"}, "activation: expected one of relu"),
+        ({"bottleneck_size": 4, "dropout": 1.5}, "dropout: must lie"),
+        ({"bottleneck_size": 4, "scaling": "big"}, "scaling: expected a number"),
+        ({"bottleneck_size": 4, "init": "ones"}, "init: expected one of houlsby"),
+    ],
+)
+def test_bottleneck_adapter_rejects_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        BottleneckAdapter(24, **arguments)
