@@ -53,6 +53,13 @@ def load_tile(ptr, rows, cols, num_rows, num_cols, stride_row, stride_col, UNIT:
     return tl.load(tile_ptrs(ptr, rows, cols, stride_row, stride_col, UNIT, WIDE), mask=mask, other=0.0)
 
 
+@triton.jit
+def load_stats(ptr, rows, num_rows):
+    """Two numbers of each row, from (2, num_rows); zero outside."""
+    mask = rows < num_rows
+    return tl.load(ptr + rows, mask=mask, other=0.0), tl.load(ptr + num_rows + rows, mask=mask, other=0.0)
+
+
 @triton.constexpr_function
 def accumulator(dtype):
     """The type in which products of `dtype` are summed."""
@@ -78,7 +85,7 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _normalized(x):
+def normalized(x):
     """(x / 2^e, 2^e) with 2^e <= max|x| < 2^(e+1), for fp32 x; exact, and not finite where x is not.
 
     fp16 overflows at 65520 and thins out below 2^-14: a normalized tile has its full precision.
@@ -86,6 +93,15 @@ def _normalized(x):
     exponent = tl.max(tl.abs(x)).to(tl.uint32, bitcast=True) & 0x7F800000
     inverse = 0x7F000000 - exponent
     return x * inverse.to(tl.float32, bitcast=True), exponent.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _terms(x):
+    """fp32 x as the sum of three bf16 tiles."""
+    hi = cast(x, tl.bfloat16)
+    x -= hi.to(tl.float32)
+    mid = cast(x, tl.bfloat16)
+    return hi, mid, cast(x - mid.to(tl.float32), tl.bfloat16)
 
 
 @triton.jit
@@ -99,14 +115,11 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     if a.dtype == b.dtype:
         acc = _dot(a, b, acc, PRECISION)
     elif a.dtype == tl.bfloat16:
-        hi = cast(b, tl.bfloat16)
-        b -= hi.to(tl.float32)
-        mid = cast(b, tl.bfloat16)
-        lo = cast(b - mid.to(tl.float32), tl.bfloat16)
+        hi, mid, lo = _terms(b)
         acc = _dot(a, hi, _dot(a, mid, _dot(a, lo, acc, PRECISION), PRECISION), PRECISION)
     else:
         zero = tl.zeros_like(acc)
-        b, scale = _normalized(b)
+        b, scale = normalized(b)
         hi = b.to(tl.float16)
         b = (b - hi.to(tl.float32)) * 2048.0
         mid = b.to(tl.float16)
@@ -117,13 +130,30 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def dot_split(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b to fp32's accuracy for a fp32 `b`, on 16-bit tensor cores whether `a` has 16 bits or is fp32 too.
+
+    Two fp32 operands are both split into three bf16 terms, which reach as far as fp32 does; the products of terms
+    that lie below 2^-24 of the whole are left out.
+    """
+    if a.dtype == tl.float32:
+        a_hi, a_mid, a_lo = _terms(a)
+        b_hi, b_mid, b_lo = _terms(b)
+        acc = _dot(a_hi, b_lo, _dot(a_mid, b_mid, _dot(a_lo, b_hi, acc, PRECISION), PRECISION), PRECISION)
+        acc = _dot(a_hi, b_hi, _dot(a_hi, b_mid, _dot(a_mid, b_hi, acc, PRECISION), PRECISION), PRECISION)
+    else:
+        acc = dot(a, b, acc, PRECISION)
+    return acc
+
+
+@triton.jit
 def dot_rounded(a, b, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """acc + a b with both operands rounded to DTYPE: to its precision, whatever their range."""
-    if DTYPE == tl.float16 and a.dtype == tl.float32:
-        a, scale = _normalized(a)
+    if tl.float16 == DTYPE and a.dtype == tl.float32:
+        a, scale = normalized(a)
         acc += dot_rounded(a.to(tl.float16), b, tl.zeros_like(acc), DTYPE, PRECISION) * scale
-    elif DTYPE == tl.float16 and b.dtype == tl.float32:
-        b, scale = _normalized(b)
+    elif tl.float16 == DTYPE and b.dtype == tl.float32:
+        b, scale = normalized(b)
         acc += _dot(a, b.to(tl.float16), tl.zeros_like(acc), PRECISION) * scale
     else:
         acc = dot(cast(a, DTYPE), cast(b, DTYPE), acc, PRECISION)

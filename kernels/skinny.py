@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import Tile, chip, launch, needs_int64, precision, rank_block, unit
-from ._tl import accumulator, cast, dot, dot_rounded, keep_mask, keep_scale, load_tile, tile_ptrs
+from ._tl import accumulator, cast, dot, dot_rounded, dot_split, keep_mask, keep_scale, load_stats, load_tile, tile_ptrs
 
 # Programs that a skinny pass is split into: about two for each multiprocessor of a large chip. A constant, so that
 # chips that share tiles also share the order of every sum, and its bits.
@@ -112,6 +112,7 @@ def _factor_grad_kernel(
     df_ptr,
     dbias_ptr,
     ds_ptr,
+    stats_ptr,
     scaling: tl.float64,
     scaling_ptr,
     seed_ptr,
@@ -137,7 +138,8 @@ def _factor_grad_kernel(
 ):
     """Up to three results of one read of x, which is x itself (dA) or dy (dB, dbias, ds).
 
-    df[split] = drop(x)ᵀ s and dbias[split] = Σ x over the split's rows; df (splits, K·R), dbias (splits, K).
+    df[split] = drop(x)ᵀ s and dbias[split] = Σ x over the split's rows; df (splits, K·R), dbias (splits, K). With
+    stats (2, M), the rows' means and reciprocal deviations, x stands for (x - mean) · rstd.
     ds[block] = scaling · x F over the block's columns; ds (blocks of K, M, R), only where R fits one block.
     """
     K = K // X_UNIT * X_UNIT
@@ -162,12 +164,17 @@ def _factor_grad_kernel(
         x = load_tile(x_ptr, offs_m, offs_k, M, K, stride_xm, stride_xk, X_UNIT, WIDE)
         if seed_ptr is not None:
             x = tl.where(keep_mask(seed_ptr, threshold, row, col, BLOCK_M, BLOCK_K), x, 0.0)
+        if stats_ptr is not None:
+            mean, rstd = load_stats(stats_ptr, offs_m, M)
+            x = (x.to(DTYPE) - mean[:, None]) * rstd[:, None]
+            if ROUND_S:
+                x = cast(x, X_DTYPE)
         if df_ptr is not None:
             s = load_tile(s_ptr, offs_m, offs_r, M, R, R, 1, 1, WIDE)
             if ROUND_S:
                 df = dot_rounded(tl.trans(x), s, df, X_DTYPE, PRECISION)
             else:
-                df = dot(tl.trans(x), s, df, PRECISION)
+                df = dot_split(tl.trans(x), s, df, PRECISION)
         if dbias_ptr is not None:
             dbias += tl.sum(x.to(DTYPE), 0)
         if ds_ptr is not None:
@@ -278,11 +285,13 @@ def factor_grad(
     seed: Tensor | None = None,
     *,
     transposed: bool = False,
+    stats: Tensor | None = None,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """df = drop(x)ᵀ s, dbias = Σ_M x and ds = scaling · x F, those which `needs` asks for.
 
-    x (M, K), s (M, R), F (K, R); df (K, R), or (R, K) where `transposed`.
+    x (M, K), s (M, R), F (K, R); df (K, R), or (R, K) where `transposed`. With stats (2, M), the rows' means and
+    reciprocal deviations, x stands for (x - mean) · rstd, and df is not rounded to F's type.
     """
     need_df, need_dbias, need_ds = needs
     (M, K), R = x.shape, factor.shape[1]
@@ -307,6 +316,7 @@ def factor_grad(
         df,
         dbias,
         ds,
+        stats,
         *_scaling_arguments(scaling),
         seed,
         threshold,
@@ -329,7 +339,7 @@ def factor_grad(
         num_stages=tile.num_stages,
     )
     return (
-        None if df is None else _sum_partials(df, factor.dtype),
+        None if df is None else _sum_partials(df, factor.dtype if stats is None else df.dtype),
         None if dbias is None else _sum_partials(dbias, x.dtype),
         None if ds is None else _sum_partials(ds, ds.dtype),
     )
