@@ -10,6 +10,7 @@ adds to it: the second line, with u = h + r, and where there is no LN the third,
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -390,6 +391,6 @@ def _find_source(model: nn.Module, key: str, name: str | None) -> nn.Module | No
 
 
 def _module_kinds(model: nn.Module) -> list[str]:
-    """The names of the model's modules, each layer's once, with * for its number."""
-    names = (".".join("*" if part.isdigit() else part for part in name.split(".")) for name, _ in model.named_modules())
+    """The names of the model's modules, those of all layers once, with * for the number."""
+    names = (re.sub(r"\.\d+(?=\.|$)", ".*", name, count=1) for name, _ in model.named_modules())
     return list(dict.fromkeys(name for name in names if name))
