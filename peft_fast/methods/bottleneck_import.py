@@ -43,26 +43,28 @@ _ACTIVATIONS = {
     "leakyrelu": "leaky_relu",
     "linear": "identity",
 }
-# The library's defaults of the options that decide where an adapter goes and what it computes.
-_DEFAULTS = {
-    "original_ln_before": False,
-    "original_ln_after": True,
-    "ln_before": False,
-    "ln_after": False,
-    "is_parallel": False,
-    "scaling": 1.0,
-    "residual_before_ln": True,
-    "adapter_residual_before_ln": False,
-    "dropout": 0.0,
-}
 _PLACEMENT = ("mh_adapter", "output_adapter", "is_parallel", "original_ln_before")
 _STYLES: dict[tuple[bool, ...], str] = {
     (True, True, False, False): "houlsby",
     (False, True, False, True): "pfeiffer",
     (False, True, True, False): "parallel",
 }
-# What these options must be: nothing here computes the alternatives.
-_REQUIRED = {
+# The options that are read, with the library's defaults.
+_READ: dict[str, Any] = {
+    "mh_adapter": False,
+    "output_adapter": True,
+    "is_parallel": False,
+    "original_ln_before": False,
+    "non_linearity": "relu",
+    "scaling": 1.0,
+    "dropout": 0.0,
+    "ln_before": False,
+    "ln_after": False,
+    "adapter_residual_before_ln": False,
+}
+# What these must be, since nothing here computes the alternatives; with these, the rest changes nothing.
+_REQUIRED: dict[str, Any] = {
+    "architecture": None,
     "original_ln_after": True,
     "residual_before_ln": True,
     "use_gating": False,
@@ -70,8 +72,10 @@ _REQUIRED = {
     "phm_layer": False,
     "inv_adapter": None,
     "stochastic_depth": 0.0,
-    "architecture": None,
 }
+_WITHOUT_EFFECT = re.compile(
+    "init_weights|leave_out|reduction_factor|inv_adapter_reduction_factor|.*phm.*|hypercomplex_nonlinearity"
+)
 
 
 def load_adapters_checkpoint(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> PeftModel:
@@ -95,7 +99,8 @@ def load_adapters_checkpoint(model: nn.Module, folder: str | Path, adapter_name:
     saved = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
     if "version" not in saved or "config" not in saved:
         raise ValueError(f"{folder / _CONFIG_FILE}: not a configuration of the adapters library, found {sorted(saved)}")
-    model_type = _model_type(model)
+    model_config: Any = getattr(model, "config", None)
+    model_type = getattr(model_config, "model_type", type(model).__name__)
     if model_type not in _PLACES:
         raise ValueError(f"model: only {', '.join(_PLACES)} can be read, got {model_type!r}")
     if saved.get("model_type", model_type) != model_type:
@@ -105,16 +110,19 @@ def load_adapters_checkpoint(model: nn.Module, folder: str | Path, adapter_name:
     if not weights:
         raise ValueError(f"{folder}: no weights of a bottleneck adapter named {saved['name']!r}")
     config = _convert_config(saved["config"], model_type, weights)
+    for (layer, place), parameters in weights.items():
+        _check(f"{place} adapter of layer {layer}", parameters, config, model_config.hidden_size)
+    if (last := max(layer for layer, _ in weights)) >= model_config.num_hidden_layers:
+        raise ValueError(f"model: has {model_config.num_hidden_layers} layers, got an adapter of layer {last}")
     if isinstance(model, PeftModel):
         model.add_adapter(adapter_name, config)
     else:
         model = get_peft_model(model, config, adapter_name)
-    _load(model, adapter_name, model_type, weights)
+    for key, module in model.named_modules():
+        if isinstance(module, BottleneckLayer) and adapter_name in module.bottleneck_down:
+            number, rest = re.search(r"layers?\.(\d+)\.(.+)", key).groups()
+            _load(module, adapter_name, weights[int(number), "attention" if "att" in rest else "output"])
     return model
-
-
-def _model_type(model: Any) -> str:
-    return getattr(getattr(model, "config", None), "model_type", type(model).__name__)
 
 
 _Place = tuple[int, Literal["attention", "output"]]
@@ -137,6 +145,8 @@ def _adapter_weights(state: dict[str, Tensor], name: str, model_type: str) -> di
     for key, value in state.items():
         if match := pattern.fullmatch(key):
             layer, place, parameter = match.groups()
+            # A LayerNorm in front is the first of `adapter_down` as well, and safetensors keeps one of the two names.
+            parameter = parameter.replace("adapter_norm_before", "adapter_down.0")
             at: _Place = (int(layer), "attention" if place == attention else "output")
             weights.setdefault(at, {})[parameter] = value
     return weights
@@ -148,21 +158,36 @@ def _convert_config(
     for option, required in _REQUIRED.items():
         if saved.get(option, required) != required:
             raise ValueError(f"{option}: only {required!r} is supported, got {saved[option]!r}")
-    options = _DEFAULTS | saved
-    placement = {option: bool(options.get(option)) for option in _PLACEMENT}
+    for option, value in saved.items():
+        if option not in _REQUIRED and option not in _READ and not _WITHOUT_EFFECT.fullmatch(option):
+            raise ValueError(f"{option}: an option that is not known, got {value!r}")
+    options = _READ | saved
+    placement = {option: bool(options[option]) for option in _PLACEMENT}
     style = _STYLES.get(tuple(placement.values()))
     if style is None:
         raise ValueError(f"{', '.join(placement)}: this combination is not supported, got {placement}")
+    down_bias = f"adapter_down.{int(options['ln_before'])}.bias"
     activation = str(options["non_linearity"]).lower()
     if activation not in _ACTIVATIONS:
         raise ValueError(f"non_linearity: expected one of {', '.join(_ACTIVATIONS)}, got {options['non_linearity']!r}")
-    if isinstance(options["scaling"], str) and options["scaling"] != "learned":
-        raise ValueError(f'scaling: expected a number or "learned", got {options["scaling"]!r}')
-    sizes = {parameters["adapter_up.weight"].shape[1] for parameters in weights.values()}
-    if len(sizes) > 1:
+    sizes = {len(parameter) for adapter in weights.values() for name, parameter in adapter.items() if name == down_bias}
+    if len(sizes) != 1:
         raise ValueError(f"reduction_factor: only one for all layers is supported, got bottlenecks of {sorted(sizes)}")
+    layers = sorted({layer for layer, _ in weights})
+    places = {"attention", "output"} if style == "houlsby" else {"output"}
+    if set(weights) != {(layer, place) for layer in layers for place in places}:
+        raise ValueError(f"weights: expected {sorted(places)} of each layer, got {sorted(weights)}")
 
-    target_modules, source = default_targets({"model_type": model_type}, style, sorted({layer for layer, _ in weights}))
+    target_modules, source = default_targets({"model_type": model_type}, style, layers)
+    # A parallel adapter adds nothing before its LayerNorm, whatever the option says.
+    residual_in_norm = options["ln_after"] and options["adapter_residual_before_ln"] and style != "parallel"
+    if residual_in_norm and style == "pfeiffer" and source is None:
+        # The library's inner residual is h, that of an adapter around the model's LayerNorm h + r.
+        raise ValueError(
+            f"adapter_residual_before_ln: with ln_after and original_ln_before not supported on {model_type}"
+        )
+    if style == "parallel":
+        source = _PARALLEL_SOURCE.get(model_type, source)
     return BottleneckConfig(
         style=style,
         bottleneck_size=sizes.pop(),
@@ -171,52 +196,39 @@ def _convert_config(
         dropout=options["dropout"],
         norm_before=options["ln_before"],
         norm_after=options["ln_after"],
-        # A parallel adapter is added to its place after its LayerNorm, whatever the option says.
-        residual_after_norm=options["ln_after"] and (style == "parallel" or not options["adapter_residual_before_ln"]),
+        residual_after_norm=options["ln_after"] and not residual_in_norm,
         target_modules=target_modules,
-        source_module=_PARALLEL_SOURCE.get(model_type, source) if style == "parallel" else source,
+        source_module=source,
     )
 
 
-def _load(model: PeftModel, adapter_name: str, model_type: str, weights: dict[_Place, dict[str, Tensor]]) -> None:
-    loaded = set()
-    for key, layer in model.named_modules():
-        if not isinstance(layer, BottleneckLayer) or adapter_name not in layer.bottleneck_down:
-            continue
-        number = int(re.search(r"layers?\.(\d+)", key)[1])
-        at: _Place = (number, "attention" if "attention" in key or "attn" in key else "output")
-        if at not in weights:
-            raise ValueError(f"weights: none for the adapter at {key}, found {sorted(weights)}")
-        _load_layer(layer, adapter_name, weights[at])
-        loaded.add(at)
-    if missed := sorted(set(weights) - loaded):
-        raise ValueError(f"model: no place for the adapters of {missed} in its {model_type} layers")
+def _names(config: BottleneckConfig) -> dict[str, str]:
+    """The library's name of each module of an adapter, by ours."""
+    # With a LayerNorm in front, the library's sequence `adapter_down` starts with it.
+    names = {"bottleneck_down": f"adapter_down.{int(config.norm_before)}", "bottleneck_up": "adapter_up"}
+    if config.norm_before:
+        names["bottleneck_norm_before"] = "adapter_down.0"
+    if config.norm_after:
+        names["bottleneck_norm_after"] = "adapter_norm_after"
+    return names
+
+
+def _check(where: str, weights: dict[str, Tensor], config: BottleneckConfig, K: int) -> None:
+    R = config.bottleneck_size
+    shapes: dict[str, tuple[int, ...]] = {"scaling": (1,)} if config.scaling == "learned" else {}
+    for ours, name in _names(config).items():
+        shapes[f"{name}.weight"] = {"bottleneck_down": (R, K), "bottleneck_up": (K, R)}.get(ours, (K,))
+        shapes[f"{name}.bias"] = (R,) if ours == "bottleneck_down" else (K,)
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    if found != shapes:
+        raise ValueError(f"{where}: expected weights {shapes}, got {found}")
 
 
 @torch.no_grad()
-def _load_layer(layer: BottleneckLayer, adapter_name: str, weights: dict[str, Tensor]) -> None:
-    # With a LayerNorm in front, the library's sequence `adapter_down` starts with it.
-    linear = 1 if adapter_name in layer.bottleneck_norm_before else 0
-    parameters: dict[str, Any] = {}
-    for prefix, adapters in (
-        (f"adapter_down.{linear}", layer.bottleneck_down),
-        ("adapter_up", layer.bottleneck_up),
-        ("adapter_norm_before", layer.bottleneck_norm_before),
-        ("adapter_norm_after", layer.bottleneck_norm_after),
-    ):
-        if adapter_name in adapters:
-            parameters[f"{prefix}.weight"] = adapters[adapter_name].weight
-            parameters[f"{prefix}.bias"] = adapters[adapter_name].bias
-    if adapter_name in layer.bottleneck_scaling:
-        parameters["scaling"] = layer.bottleneck_scaling[adapter_name]
-
-    # Safetensors keeps one of the two names of a LayerNorm in front.
-    weights = {
-        name.replace("adapter_down.0", "adapter_norm_before") if linear else name: w for name, w in weights.items()
-    }
-    if set(weights) != set(parameters):
-        raise ValueError(f"weights: expected {sorted(parameters)}, got {sorted(weights)}")
-    for name, parameter in parameters.items():
-        if weights[name].shape != parameter.shape:
-            raise ValueError(f"{name}: expected shape {tuple(parameter.shape)}, got {tuple(weights[name].shape)}")
-        parameter.copy_(weights[name])
+def _load(layer: BottleneckLayer, adapter_name: str, weights: dict[str, Tensor]) -> None:
+    for ours, name in _names(layer.bottleneck_config[adapter_name]).items():
+        module = getattr(layer, ours)[adapter_name]
+        module.weight.copy_(weights[f"{name}.weight"])
+        module.bias.copy_(weights[f"{name}.bias"])
+    if "scaling" in weights:
+        layer.bottleneck_scaling[adapter_name].copy_(weights["scaling"])
