@@ -45,21 +45,23 @@ from .skinny import _accumulator, _chunks, _coefficient, _scaling_arguments, _su
 Norm = tuple[Tensor, Tensor]
 
 
-def _adapter_tile(x: Tensor, weight: Tensor) -> Tile:
+def _adapter_tile(x: Tensor, weight: Tensor, norm_after: Norm | Tensor | None) -> Tile:
     """A block of rows, `cols` of K or N and a block of R a step."""
     kind = chip(x.device)
     if kind == "interpreter":
         return Tile(64, 256, 0, 128, 4, 1)
     if x.element_size() > 2:
-        return Tile(32, 32, 0, 32, 4, 2)
+        return Tile(32, 32, 0, 32, 4, 1)
+    # Under LN_after a step holds h as well.
+    cols = 64 if norm_after is None else 32
     if weight.dtype != x.dtype:
-        return Tile(64, 64, 0, 64, 8, 2)
-    return Tile(64, 64, 0, 128, 8, 3)
+        return Tile(64, cols, 0, 64 if kind == "sm90" else 32, 8, 2)
+    return Tile(64, cols, 0, 128, 8, 2)
 
 
-def _up_grad_tile(dy: Tensor, weight: Tensor) -> Tile:
+def _up_grad_tile(dy: Tensor, weight: Tensor, norm_after: Tensor | None) -> Tile:
     """A block of rows and of N a step, a block of R; dWu (cols, rank) is what a program accumulates."""
-    return _adapter_tile(dy, weight)
+    return _adapter_tile(dy, weight, norm_after)
 
 
 @triton.jit
@@ -103,22 +105,21 @@ def _merge_stats(mean, squares, tile, col, num_cols, BLOCK_C: tl.constexpr):
 def _h_tile(a, scale, row, col, sizes, pointers, coefficient, threshold, stride_rm, CONFIG: tl.constexpr):
     """h = coefficient · mask∘(act(z) Wuᵀ + bu) + residual at (row, col).
 
-    act(z) is a · scale where R fits one block; otherwise z is read block by block.
+    act(z) is a · scale where R fits one block; otherwise it is read from act_ptr block by block.
     """
     M, N, R = sizes
-    z_ptr, wu_ptr, bu_ptr, residual_ptr, seed_ptr = pointers
-    ACTIVATION: tl.constexpr = CONFIG[0]
-    X_DTYPE: tl.constexpr = CONFIG[1]
-    SPLIT: tl.constexpr = CONFIG[2]
-    BLOCK_M: tl.constexpr = CONFIG[3]
-    BLOCK_C: tl.constexpr = CONFIG[4]
-    BLOCK_R: tl.constexpr = CONFIG[5]
-    BLOCKS_R: tl.constexpr = CONFIG[6]
-    X_UNIT: tl.constexpr = CONFIG[7]
-    R_UNIT: tl.constexpr = CONFIG[8]
-    WIDE: tl.constexpr = CONFIG[9]
-    PRECISION: tl.constexpr = CONFIG[10]
-    DTYPE: tl.constexpr = z_ptr.dtype.element_ty
+    act_ptr, wu_ptr, bu_ptr, residual_ptr, seed_ptr = pointers
+    X_DTYPE: tl.constexpr = CONFIG[0]
+    SPLIT: tl.constexpr = CONFIG[1]
+    BLOCK_M: tl.constexpr = CONFIG[2]
+    BLOCK_C: tl.constexpr = CONFIG[3]
+    BLOCK_R: tl.constexpr = CONFIG[4]
+    BLOCKS_R: tl.constexpr = CONFIG[5]
+    X_UNIT: tl.constexpr = CONFIG[6]
+    R_UNIT: tl.constexpr = CONFIG[7]
+    WIDE: tl.constexpr = CONFIG[8]
+    PRECISION: tl.constexpr = CONFIG[9]
+    DTYPE: tl.constexpr = coefficient.dtype
     offs_m = row + tl.arange(0, BLOCK_M)
     offs_n = col + tl.arange(0, BLOCK_C)
 
@@ -129,9 +130,9 @@ def _h_tile(a, scale, row, col, sizes, pointers, coefficient, threshold, stride_
     else:
         for block_r in range(BLOCKS_R):
             offs_r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
-            z = load_tile(z_ptr, offs_m, offs_r, M, R, R, 1, R_UNIT, WIDE)
+            part = load_tile(act_ptr, offs_m, offs_r, M, R, R, 1, R_UNIT, WIDE)
             w = load_tile(wu_ptr, offs_n, offs_r, N, R, R, 1, R_UNIT, WIDE)
-            h = _times(activate(z, ACTIVATION), tl.trans(w), h, X_DTYPE, SPLIT, PRECISION)
+            h = _times(part, tl.trans(w), h, X_DTYPE, SPLIT, PRECISION)
     if bu_ptr is not None:
         h += _load_row(bu_ptr, offs_n, N, DTYPE)
     h *= coefficient
@@ -165,6 +166,7 @@ def _adapter_fwd_kernel(
     after_b_ptr,
     y_ptr,
     z_ptr,
+    act_ptr,
     stats_before_ptr,
     stats_after_ptr,
     scaling: tl.float64,
@@ -190,7 +192,10 @@ def _adapter_fwd_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """y, z (M, R) and the rows' mean and rstd (2, M) before each norm, for a block of rows."""
+    """y, z (M, R) and the rows' mean and rstd (2, M) before each norm, for a block of rows.
+
+    act (M, R) holds act(z) where R takes several blocks.
+    """
     K = K // X_UNIT * X_UNIT
     N = N // X_UNIT * X_UNIT
     R = R // R_UNIT * R_UNIT
@@ -201,7 +206,6 @@ def _adapter_fwd_kernel(
     DTYPE: tl.constexpr = z_ptr.dtype.element_ty
     UP_SPLIT: tl.constexpr = SPLIT and after_w_ptr is not None
     CONFIG: tl.constexpr = (
-        ACTIVATION,
         X_DTYPE,
         UP_SPLIT,
         BLOCK_M,
@@ -240,14 +244,17 @@ def _adapter_fwd_kernel(
             z = _times(x, tl.trans(w), z, X_DTYPE, SPLIT, PRECISION)
         if bd_ptr is not None:
             z += _load_row(bd_ptr, offs_r, R, DTYPE)
-        tl.store(tile_ptrs(z_ptr, offs_m, offs_r, R, 1, R_UNIT, WIDE), z, mask=mask_m[:, None] & (offs_r < R)[None, :])
+        mask = mask_m[:, None] & (offs_r < R)[None, :]
+        tl.store(tile_ptrs(z_ptr, offs_m, offs_r, R, 1, R_UNIT, WIDE), z, mask=mask)
+        if BLOCKS_R > 1:
+            tl.store(tile_ptrs(act_ptr, offs_m, offs_r, R, 1, R_UNIT, WIDE), activate(z, ACTIVATION), mask=mask)
     if BLOCKS_R > 1:
         tl.debug_barrier()
     a, scale = _operand(activate(z, ACTIVATION), X_DTYPE, UP_SPLIT)
 
     coefficient, _ = _coefficients(scaling, scaling_ptr, seed_ptr, threshold, DTYPE)
     sizes = (M, N, R)
-    pointers = (z_ptr, wu_ptr, bu_ptr, None if RESIDUAL_AFTER_NORM else residual_ptr, seed_ptr)
+    pointers = (act_ptr, wu_ptr, bu_ptr, None if RESIDUAL_AFTER_NORM else residual_ptr, seed_ptr)
     if after_w_ptr is not None:
         mean = tl.zeros((BLOCK_M,), DTYPE)
         rstd = tl.zeros((BLOCK_M,), DTYPE)
@@ -278,15 +285,15 @@ def _norm_grad(dy, hat, rstd, sum_dy, sum_dy_hat, weight):
 @triton.jit
 def _dxn_tile(dz, scale, row, col, M, K, R, dz_ptr, wd_ptr, CONFIG: tl.constexpr):
     """dxn = dz Wd at (row, col), operands rounded to dx's type; dz is dz · scale where R fits one block."""
-    X_DTYPE: tl.constexpr = CONFIG[1]
-    BLOCK_M: tl.constexpr = CONFIG[3]
-    BLOCK_C: tl.constexpr = CONFIG[4]
-    BLOCK_R: tl.constexpr = CONFIG[5]
-    BLOCKS_R: tl.constexpr = CONFIG[6]
-    X_UNIT: tl.constexpr = CONFIG[7]
-    R_UNIT: tl.constexpr = CONFIG[8]
-    WIDE: tl.constexpr = CONFIG[9]
-    PRECISION: tl.constexpr = CONFIG[10]
+    X_DTYPE: tl.constexpr = CONFIG[0]
+    BLOCK_M: tl.constexpr = CONFIG[2]
+    BLOCK_C: tl.constexpr = CONFIG[3]
+    BLOCK_R: tl.constexpr = CONFIG[4]
+    BLOCKS_R: tl.constexpr = CONFIG[5]
+    X_UNIT: tl.constexpr = CONFIG[6]
+    R_UNIT: tl.constexpr = CONFIG[7]
+    WIDE: tl.constexpr = CONFIG[8]
+    PRECISION: tl.constexpr = CONFIG[9]
     offs_k = col + tl.arange(0, BLOCK_C)
     dxn = tl.zeros((BLOCK_M, BLOCK_C), dz_ptr.dtype.element_ty)
     if BLOCKS_R == 1:
@@ -295,9 +302,9 @@ def _dxn_tile(dz, scale, row, col, M, K, R, dz_ptr, wd_ptr, CONFIG: tl.constexpr
     else:
         for block_r in range(BLOCKS_R):
             offs_r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
-            dz = load_tile(dz_ptr, row + tl.arange(0, BLOCK_M), offs_r, M, R, R, 1, R_UNIT, WIDE)
+            part = load_tile(dz_ptr, row + tl.arange(0, BLOCK_M), offs_r, M, R, R, 1, R_UNIT, WIDE)
             w = load_tile(wd_ptr, offs_r, offs_k, R, K, K, 1, X_UNIT, WIDE)
-            dxn = _times(dz, w, dxn, X_DTYPE, False, PRECISION)
+            dxn = _times(part, w, dxn, X_DTYPE, False, PRECISION)
     return dxn
 
 
@@ -315,6 +322,7 @@ def _adapter_bwd_kernel(
     stats_before_ptr,
     stats_after_ptr,
     sums_ptr,
+    act_ptr,
     dz_ptr,
     dx_ptr,
     dresidual_ptr,
@@ -343,7 +351,7 @@ def _adapter_bwd_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What a block of rows gives: dz (M, R), dx, dresidual and the means that dh takes, sums (2, M).
+    """What a block of rows gives: act(z) and dz (M, R), dx, dresidual and the means that dh takes, sums (2, M).
 
     And of all rows' sums its part: dbd (programs, R), dscaling (programs,). SKIP is the gradient of the residual that
     dx takes up: "dy", "dh" or none. residual is read only where LN_after is taken over it.
@@ -360,7 +368,6 @@ def _adapter_bwd_kernel(
     UP_SPLIT: tl.constexpr = SPLIT and after_w_ptr is not None
     NEED_DA: tl.constexpr = dz_ptr is not None or dscaling_ptr is not None
     CONFIG: tl.constexpr = (
-        ACTIVATION,
         X_DTYPE,
         UP_SPLIT,
         BLOCK_M,
@@ -374,7 +381,16 @@ def _adapter_bwd_kernel(
     )
     coefficient, keep = _coefficients(scaling, scaling_ptr, seed_ptr, threshold, DTYPE)
     sizes = (M, N, R)
-    pointers = (z_ptr, wu_ptr, bu_ptr, residual_ptr, seed_ptr)
+    pointers = (act_ptr, wu_ptr, bu_ptr, residual_ptr, seed_ptr)
+
+    if act_ptr is not None:
+        for block_r in range(BLOCKS_R):
+            offs_r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
+            z = load_tile(z_ptr, offs_m, offs_r, M, R, R, 1, R_UNIT, WIDE)
+            mask = mask_m[:, None] & (offs_r < R)[None, :]
+            tl.store(tile_ptrs(act_ptr, offs_m, offs_r, R, 1, R_UNIT, WIDE), activate(z, ACTIVATION), mask=mask)
+        if BLOCKS_R > 1:
+            tl.debug_barrier()
 
     if after_w_ptr is not None:
         z = load_tile(z_ptr, offs_m, tl.arange(0, BLOCK_R), M, R, R, 1, R_UNIT, WIDE)
@@ -423,8 +439,7 @@ def _adapter_bwd_kernel(
                 if dscaling_ptr is not None and bu_ptr is not None:
                     of_bias = tl.sum(g.to(DTYPE) * _load_row(bu_ptr, offs_n, N, DTYPE), 1)
                     dscaling += tl.where(block_r == 0, of_bias, 0.0)
-            if NEED_DA:
-                z = load_tile(z_ptr, offs_m, offs_r, M, R, R, 1, R_UNIT, WIDE)
+            z = load_tile(z_ptr, offs_m, offs_r, M, R, R, 1, R_UNIT, WIDE)
             if dscaling_ptr is not None:
                 dscaling += tl.sum(activate(z, ACTIVATION) * da, 1)
             if dz_ptr is not None:
@@ -479,7 +494,7 @@ def _up_grad_kernel(
     wu_ptr,
     bu_ptr,
     after_w_ptr,
-    z_ptr,
+    act_ptr,
     stats_after_ptr,
     sums_ptr,
     dwu_ptr,
@@ -496,7 +511,6 @@ def _up_grad_kernel(
     M_split,
     stride_dym,
     stride_rm,
-    ACTIVATION: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -520,10 +534,9 @@ def _up_grad_kernel(
     offs_r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_n = offs_n < N
     X_DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
-    DTYPE: tl.constexpr = z_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = act_ptr.dtype.element_ty
     UP_SPLIT: tl.constexpr = SPLIT and after_w_ptr is not None
     CONFIG: tl.constexpr = (
-        ACTIVATION,
         X_DTYPE,
         UP_SPLIT,
         BLOCK_M,
@@ -537,7 +550,7 @@ def _up_grad_kernel(
     )
     coefficient, _ = _coefficients(scaling, scaling_ptr, seed_ptr, threshold, DTYPE)
     sizes = (M, N, R)
-    pointers = (z_ptr, wu_ptr, bu_ptr, residual_ptr, seed_ptr)
+    pointers = (act_ptr, wu_ptr, bu_ptr, residual_ptr, seed_ptr)
 
     dwu = tl.zeros((BLOCK_C, BLOCK_R), DTYPE)
     dbu = tl.zeros((BLOCK_C,), DTYPE)
@@ -546,8 +559,7 @@ def _up_grad_kernel(
     for row in range(split * M_split, min((split + 1) * M_split, M), BLOCK_M):
         offs_m = row + tl.arange(0, BLOCK_M)
         g = load_tile(dy_ptr, offs_m, offs_n, M, N, stride_dym, 1, X_UNIT, WIDE)
-        z = load_tile(z_ptr, offs_m, offs_r, M, R, R, 1, R_UNIT, WIDE)
-        act = activate(z, ACTIVATION)
+        act = load_tile(act_ptr, offs_m, offs_r, M, R, R, 1, R_UNIT, WIDE)
         if after_w_ptr is not None:
             a, scale = _operand(act, X_DTYPE, UP_SPLIT)
             mean, rstd = load_stats(stats_after_ptr, offs_m, M)
@@ -649,8 +661,9 @@ def adapter_fwd(
     stats_before, stats_after = (
         None if norm is None else torch.empty((2, M), dtype=wide, device=x.device) for norm in (norm_before, norm_after)
     )
-    tile = _adapter_tile(x, down_weight)
+    tile = _adapter_tile(x, down_weight, norm_after)
     block_r = rank_block(R, tile)
+    blocks_r = triton.cdiv(R, block_r)
     launch(
         _adapter_fwd_kernel,
         (triton.cdiv(M, tile.rows),),
@@ -664,6 +677,7 @@ def adapter_fwd(
         *(norm_after or (None, None)),
         y,
         z,
+        None if blocks_r == 1 else torch.empty_like(z),
         stats_before,
         stats_after,
         *_scaling_arguments(scaling),
@@ -682,7 +696,7 @@ def adapter_fwd(
         BLOCK_M=tile.rows,
         BLOCK_C=tile.cols,
         BLOCK_R=block_r,
-        BLOCKS_R=triton.cdiv(R, block_r),
+        BLOCKS_R=blocks_r,
         X_UNIT=unit(K, N, x.stride(0), *(() if residual is None else (residual.stride(0),))),
         R_UNIT=unit(R),
         WIDE=needs_int64(x, residual, down_weight, up_weight, y, z),
@@ -736,20 +750,20 @@ def adapter_bwd(
     need_dbd = "down_bias" in needs or (norm_before is not None and bool(needs & {"down_weight", "norm_before"}))
     need_dresidual = "residual" in needs and through_norm
     need_g = bool(needs & {"up_weight", "up_bias"})
+    need_act = "up_weight" in needs or (norm_after is not None and bool(needs & {"up_bias", "norm_after"}))
 
     dense_dy, x, down_weight, up_weight = _rows(dy), _rows(x), down_weight.contiguous(), up_weight.contiguous()
     residual = _rows(residual) if residual is not None and through_norm else None
     after_w = None if norm_after is None else norm_after[0].contiguous()
-    tile = _adapter_tile(x, down_weight)
+    tile = _adapter_tile(x, down_weight, norm_after)
     block_r = rank_block(R, tile)
-    rows = triton.cdiv(M, tile.rows)
+    blocks_r, rows = triton.cdiv(R, block_r), triton.cdiv(M, tile.rows)
     constants: dict[str, Any] = {
-        "ACTIVATION": activation,
         "SPLIT": down_weight.dtype != x.dtype,
         "BLOCK_M": tile.rows,
         "BLOCK_C": tile.cols,
         "BLOCK_R": block_r,
-        "BLOCKS_R": triton.cdiv(R, block_r),
+        "BLOCKS_R": blocks_r,
         "X_UNIT": unit(K, N, *(tensor.stride(0) for tensor in (dense_dy, x, residual) if tensor is not None)),
         "R_UNIT": unit(R),
         "WIDE": needs_int64(dense_dy, x, residual, down_weight, up_weight, z),
@@ -761,12 +775,13 @@ def adapter_bwd(
 
     grads: dict[str, Any] = {}
     sums = empty(2, M) if norm_after is not None and need_g else None
+    act = empty(M, R) if need_act or (norm_after is not None and blocks_r > 1) else None
     dz = empty(M, R) if need_dz else None
     dx = empty(M, K, dtype=x.dtype) if "x" in needs else None
     dresidual = empty(M, N, dtype=x.dtype) if need_dresidual else None
     dbd = empty(rows, R) if need_dbd else None
     dscaling = empty(rows) if "scaling" in needs else None
-    if any(out is not None for out in (sums, dz, dresidual, dscaling)):
+    if need_act or any(out is not None for out in (dz, dresidual, dscaling)):
         launch(
             _adapter_bwd_kernel,
             (rows,),
@@ -782,6 +797,7 @@ def adapter_bwd(
             stats_before,
             stats_after,
             sums,
+            act,
             dz,
             dx,
             dresidual,
@@ -797,13 +813,15 @@ def adapter_bwd(
             dense_dy.stride(0),
             x.stride(0),
             0 if residual is None else residual.stride(0),
+            ACTIVATION=activation,
             SKIP="none" if not skips else "dh" if through_norm else "dy",
             **constants,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
     if need_g or "norm_after" in needs:
-        outer = (dense_dy, residual, up_weight, up_bias, after_w, z, stats_after, sums, scaling, threshold, seed)
+        act = z if act is None else act
+        outer = (dense_dy, residual, up_weight, up_bias, after_w, act, stats_after, sums, scaling, threshold, seed)
         grads.update(_up_grad(*outer, needs, constants))
     if dbd is not None:
         dbd = _sum_partials(dbd, wide)
@@ -824,7 +842,7 @@ def _up_grad(
     up_weight: Tensor,
     up_bias: Tensor | None,
     after_w: Tensor | None,
-    z: Tensor,
+    act: Tensor,
     stats_after: Tensor | None,
     sums: Tensor | None,
     scaling: float | Tensor,
@@ -835,14 +853,14 @@ def _up_grad(
 ) -> dict[str, Any]:
     """The gradients of Wu, bu and LN_after's parameters, those which `needs` names."""
     (M, N), R, dtype = dy.shape, up_weight.shape[1], up_weight.dtype
-    tile = _up_grad_tile(dy, up_weight)
+    tile = _up_grad_tile(dy, up_weight, after_w)
     block_r = rank_block(R, tile)
     blocks_r = triton.cdiv(R, block_r)
     programs = triton.cdiv(N, tile.cols) * blocks_r
     splits, M_split = _chunks(M, tile.rows, programs)
 
     def partials(name: str, *shape: int) -> Tensor | None:
-        return torch.empty((splits, *shape), dtype=z.dtype, device=dy.device) if name in needs else None
+        return torch.empty((splits, *shape), dtype=act.dtype, device=dy.device) if name in needs else None
 
     names = ("up_weight", "up_bias", "norm_after", "norm_after")
     partial = [partials(name, *((N, R) if name == "up_weight" else (N,))) for name in names]
@@ -854,7 +872,7 @@ def _up_grad(
         up_weight,
         up_bias,
         after_w,
-        z,
+        act,
         stats_after,
         sums,
         *partial,
