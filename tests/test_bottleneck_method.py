@@ -164,6 +164,25 @@ def test_saved_loaded_and_resumed(family, style, tmp_path):
     assert config.peft_type == PeftType("BOTTLENECK") == "BOTTLENECK"
 
 
+@each_style
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_padding_changes_nothing(family, style):
+    model = adapted(family, style).eval()
+    ids, mask = (batch(family)[name] for name in ("input_ids", "attention_mask"))
+    length = int(mask[0].sum())
+    padded = model(input_ids=ids, attention_mask=mask).logits[0]
+    alone = model(input_ids=ids[:1, :length]).logits[0]
+    torch.testing.assert_close(padded if family == "bert" else padded[:length], alone)
+
+
+def test_dropout_in_training_only():
+    model, without = (adapted("bert", "houlsby", dropout=p) for p in (0.5, 0.0))
+    assert torch.equal(logits(model), logits(without))
+    first, second = step(model, seed=5)[0], step(model, seed=6)[0]
+    assert not torch.allclose(first, second)
+    assert torch.equal(step(model, seed=5)[0], first)
+
+
 @each_family
 def test_several_adapters(family):
     style, other = STYLE_OF[family], STYLES[(STYLES.index(STYLE_OF[family]) + 1) % 3]

@@ -23,12 +23,12 @@ from peft.utils import PeftType
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_fast.layers import ADAPTER_INITS
 from peft_fast.methods.bottleneck_targets import default_targets
 from peft_fast.ops import bottleneck_adapter
+from peft_fast.reference import ACTIVATIONS
 
 _STYLES = ("houlsby", "pfeiffer", "parallel")
-_ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "tanh", "leaky_relu", "identity")
-_INITS = ("zero_up", "houlsby")
 _CANNOT_MERGE = (
     "a bottleneck adapter cannot be merged: it has a nonlinearity, so no weight of the base model can hold it. "
     "Keep the adapter, or take it off with unload()"
@@ -41,10 +41,11 @@ class BottleneckConfig(PeftConfig):
 
     Args:
         style: "houlsby" puts one adapter behind the attention output and one behind the feed-forward output of each
-            layer, behind their dropout and before the model's residual and LayerNorm; "pfeiffer" one behind the
-            feed-forward, around the LayerNorm, or on the layer's output where a model normalizes first; "parallel" one
-            beside the feed-forward. Where a model has no dropout module there (OPT, BART) or shares it (ViT), and
-            beside T5's feed-forward, the adapter stands before the dropout. Cross-attention has none by default.
+            layer, behind their dropout and before the model's residual and LayerNorm; "pfeiffer", the default, one
+            behind the feed-forward, around the LayerNorm, or on the layer's output where a model normalizes first;
+            "parallel" one beside the feed-forward. Where a model has no dropout module there (OPT, BART) or shares it
+            (ViT), and beside T5's feed-forward, the adapter stands before the dropout. Cross-attention has none by
+            default.
         bottleneck_size: the bottleneck R. Give it or `reduction_factor`, not both.
         reduction_factor: R = K / reduction_factor, rounded down, at least 1; 16 if neither is given.
         activation: relu, gelu (erf), gelu_new (tanh), silu, tanh, leaky_relu (slope 0.01) or identity.
@@ -100,7 +101,7 @@ class BottleneckConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
 
     def _check(self) -> None:
-        for name, choices in ("style", _STYLES), ("activation", _ACTIVATIONS), ("init", _INITS):
+        for name, choices in ("style", _STYLES), ("activation", ACTIVATIONS), ("init", ADAPTER_INITS):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
         size, factor = self.bottleneck_size, self.reduction_factor
@@ -177,13 +178,13 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         adapter_name: str,
         config: BottleneckConfig,
         like: Tensor,
-        hidden_size: int | None,
+        model_config: Any,
         source: nn.Module | None,
     ) -> None:
-        """Add an adapter of `like`'s device and dtype. Sizes come from the modules, else from `hidden_size`."""
+        """Add an adapter of `like`'s device and dtype. Sizes come from the modules, else from the model's config."""
         base = self.get_base_layer()
-        N = _width(base, 1, hidden_size)
-        K = _width(base if source is None else source, 0, hidden_size) if config.style == "parallel" else N
+        N = _width(base, 1, model_config)
+        K = _width(base if source is None else source, 0, model_config) if config.style == "parallel" else N
         R = config.bottleneck_size or max(1, int(K // config.reduction_factor))
         down, up = nn.Linear(K, R), nn.Linear(R, N)
         if config.init == "houlsby":
@@ -316,7 +317,7 @@ class BottleneckModel(BaseTuner):
             adapter_name,
             peft_config,
             like=_floating_parameter(layer.get_base_layer(), parent, self.model),
-            hidden_size=_hidden_size(self.model),
+            model_config=getattr(self.model, "config", None),
             source=_find_source(self.model, current_key, peft_config.source_module),
         )
         if layer is not target:
@@ -347,7 +348,7 @@ def _fit(parameter: Any, dtype: torch.dtype) -> Tensor:
     return parameter if beside else parameter.to(dtype)
 
 
-def _width(module: Any, side: Literal[0, 1], hidden_size: int | None) -> int:
+def _width(module: Any, side: Literal[0, 1], model_config: Any) -> int:
     """How many features a module receives (side 0) or returns (side 1)."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return (module.in_features, module.out_features)[side]
@@ -355,19 +356,14 @@ def _width(module: Any, side: Literal[0, 1], hidden_size: int | None) -> int:
         return module.weight.shape[side]
     if isinstance(module, nn.LayerNorm):
         return module.normalized_shape[-1]
-    if hidden_size is None:
+    if hasattr(model_config, "get_text_config"):
+        model_config = model_config.get_text_config()
+    if not hasattr(model_config, "hidden_size"):
         raise ValueError(
             f"target_modules: the width of a {type(module).__name__} is not known, and the model's config has no "
             "hidden_size; target linear layers or LayerNorms"
         )
-    return hidden_size
-
-
-def _hidden_size(model: nn.Module) -> int | None:
-    config = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    return getattr(config, "hidden_size", None)
+    return model_config.hidden_size
 
 
 def _floating_parameter(*modules: nn.Module) -> Tensor:
