@@ -7,15 +7,9 @@
 The variants of one row take turns, round by round, so that a drift of the machine's speed meets them all; medians.
 """
 
-import argparse
 import copy
-import json
-import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import peft_fast
+from benchmarks._timing import NEVER_SLOWER, Turns, parse_arguments, write_rows
 
 SHAPES = [  # (M, K, N, R)
     (2048, 768, 768, 8),
@@ -35,7 +30,6 @@ SHAPES = [  # (M, K, N, R)
 DROPOUTS = [0.0, 0.1]
 VARIANTS = ["floor", "stock", "patched", "stock compiled", "patched compiled"]
 
-NEVER_SLOWER = 1.03  # 3% for noise
 DROPOUT_BAR, DROPOUT_BAR_FROM = 0.80, 384
 
 
@@ -76,26 +70,6 @@ def steps(M: int, K: int, N: int, R: int, dropout_p: float) -> dict[str, Callabl
     return {name: step(layer) for name, layer in layers.items()}
 
 
-class Turns:
-    """Runs variants in turns and keeps the seconds that each took."""
-
-    def __init__(self, variants: dict[str, Callable[[], None]]) -> None:
-        self.variants = variants
-        self.seconds: dict[str, list[float]] = {name: [] for name in variants}
-        for run in variants.values():  # compile, and warm the caches
-            for _ in range(3):
-                run()
-
-    def round(self) -> None:
-        for name, run in self.variants.items():
-            start = time.perf_counter()
-            run()
-            self.seconds[name].append(time.perf_counter() - start)
-
-    def milliseconds(self) -> dict[str, float]:
-        return {name: 1e3 * statistics.median(values) for name, values in self.seconds.items()}
-
-
 def missed_bars(row: dict) -> list[str]:
     """The bars that a row misses, in words."""
     ms, shape = row["milliseconds"], (row["M"], row["K"], row["N"], row["R"])
@@ -115,10 +89,7 @@ def measure(seconds: float) -> list[dict]:
     print(" | ".join(header) + "\n" + " | ".join("---" for _ in header))
     for M, K, N, R in SHAPES:
         for dropout_p in DROPOUTS:
-            turns, end = Turns(steps(M, K, N, R, dropout_p)), time.perf_counter() + seconds
-            while time.perf_counter() < end or len(turns.seconds["floor"]) < 9:
-                turns.round()
-            ms = turns.milliseconds()
+            ms = Turns(steps(M, K, N, R, dropout_p)).measure(seconds)
             rows.append({"M": M, "K": K, "N": N, "R": R, "dropout": dropout_p, "milliseconds": ms})
             cells = [M, K, N, R, dropout_p, *(f"{ms[name]:.2f}" for name in VARIANTS)]
             cells.append(f"{ms['patched'] / ms['stock']:.2f}")
@@ -129,20 +100,10 @@ def measure(seconds: float) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="exit 1 where a bar is not met; wants an idle machine")
-    parser.add_argument("--seconds", type=float, default=5.0, help="how long to measure a row (default 5)")
-    parser.add_argument("--json", type=Path, help="write the rows, with device and versions, to this file")
-    arguments = parser.parse_args()
+    arguments = parse_arguments(__doc__)
     rows = measure(arguments.seconds)
     if arguments.json:
-        where = {
-            "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-            "torch": torch.__version__,
-            "date": time.strftime("%Y-%m-%d"),
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(where | {"rows": rows}, indent=2) + "\n")
+        write_rows(arguments.json, rows)
     missed = [line for row in rows for line in missed_bars(row)]
     if arguments.check:
         print("\n".join(missed) or "every bar is met")

@@ -85,7 +85,8 @@ def bottleneck_adapter(
     h = F.linear(ACTIVATIONS[activation](F.linear(h, down_weight, down_bias)), up_weight, up_bias)
     if keep_mask is not None:
         h = h * keep_mask.to(h.dtype) * keep_scale(drop_threshold(dropout_p))
-    h = h * scaling
+    if isinstance(scaling, Tensor) or scaling != 1:
+        h = h * scaling
     if residual is not None and not residual_after_norm:
         h = residual + h
     if norm_after is not None:

@@ -24,6 +24,9 @@ MIN_GPU_ELEMENTS = 1 << 21
 # Below this many elements of x, seeding a generator twice costs the CPU more than its fast dropout saves.
 MIN_CPU_DROPOUT_ELEMENTS = 1 << 15
 
+# Below this many elements of x the usual torch calls are as fast as the bottleneck adapter's own function.
+MIN_CPU_ADAPTER_ELEMENTS = 1 << 17
+
 _backend = "auto"
 
 

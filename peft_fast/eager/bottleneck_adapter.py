@@ -2,24 +2,24 @@
 
     z  = LN_before(x) Wdᵀ + bd                         (M, R)
     t  = mask ∘ (act(z) Wuᵀ + bu) / (1-p)              (M, N)
-    y  = LN_after(residual + scaling · t)              or residual + LN_after(scaling · t)
-    dv = LN_after's gradient, or dy                    dt = scaling · mask ∘ dv / (1-p)
-    dz = act'(z) ∘ (dt Wu)   dWu = dtᵀ act(z)   dbu = Σ_M dt   dWd = dzᵀ LN_before(x)   dbd = Σ_M dz
-    dx = LN_before's gradient of dz Wd, and the residual's
+    v  = residual + scaling · t                        y = LN_after(v), or v = scaling · t, y = residual + LN_after(v)
+    dv = LN_after's gradient, or dy                    dt = mask ∘ dv
+    dz = act'(z) ∘ (scaling / (1-p) · dt Wu)           dx = LN_before's gradient of dz Wd, and the residual's
+    dWu = scaling / (1-p) · dtᵀ act(z)   dbu = scaling / (1-p) · Σ_M dt   dWd = dzᵀ LN_before(x)   dbd = Σ_M dz
 
-Kept from forward are x, z and the rows' statistics: what lies between is a product of M·R·N operations away, less than
-the passes over the memory that it would take. Without dropout and LN_after no tensor of y's size is written but y:
-the residual is where the matmul accumulates.
+Kept from forward are x, z, the rows' statistics, and v where there is a LN_after: made again, it would cost a matmul.
+What else has x's size is made in blocks of rows that stay in the cache, and again in backward. Without dropout, norms
+and casts there is no such tensor: the residual is where the matmul accumulates, and all rows are one block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_fast.eager.dropout import blocks_of, dropped_blocks
+from peft_fast.eager.dropout import Dropped, Mask, block_rows, blocks_of
 from peft_fast.eager.matmul import cast, narrow_mm, tall_mm, wide_dtype
 from peft_fast.reference import ACTIVATIONS, keep_scale
 
@@ -56,27 +56,44 @@ def adapter_fwd(
     residual_after_norm: bool,
     eps: float,
     traced: str = "",
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """y (M, N), z (M, R) and the mean and rstd (2, M) of the rows before each norm, of x (M, K).
+) -> tuple[Tensor | None, ...]:
+    """y (M, N) of x (M, K), and what `adapter_bwd` wants of it: z (M, R), mean and rstd (M, 1) of each norm, v (M, N).
 
     Where calls are being recorded, `traced` names the plan whose mask op they take; elsewhere it is empty.
     """
-    wide = wide_dtype(down_weight)
-    h, stats_before, stats_after = cast(x, wide), None, None
-    if norm_before is not None:
-        h, stats_before = _norm(h, norm_before, eps)
-    z = _linear(h, down_weight, down_bias)
-    inside = None if residual is None or residual_after_norm else cast(residual, wide)
-    y = _expand(z, up_weight, up_bias, scaling, inside, threshold, seed, activation, traced)
-    if norm_after is not None:
-        y, stats_after = _norm(y, norm_after, eps)
-    if residual is not None and residual_after_norm:
-        y = _add(y, cast(residual, wide), traced)
-    return cast(y, x.dtype), z, stats_before, stats_after
+    wide, (M, K), N = wide_dtype(down_weight), x.shape, up_weight.shape[0]
+    scale, act = _number(scaling, traced), ACTIVATIONS[activation]
+    down, down_bias, up, up_bias = (_cast(p, wide) for p in (down_weight, down_bias, up_weight, up_bias))
+    norm_before, norm_after = _cast_norm(norm_before, wide), _cast_norm(norm_after, wide)
+    whole = bool(traced) or (x.dtype is wide and not (norm_before or threshold))
+    height = M if whole else block_rows(N)
+    y, z, mean_before, rstd_before, mean_after, rstd_after, v = results = [_Rows(M, height) for _ in range(7)]
+    for rows, dropped in _blocks(M, N, height, threshold, seed, wide, traced):
+        h = cast(x[rows], wide)
+        r = None if residual is None else cast(residual[rows], wide)
+        if norm_before:
+            h, mean, rstd = torch.native_layer_norm(h, (K,), *norm_before, eps)
+            mean_before.put(rows, mean)
+            rstd_before.put(rows, rstd)
+        z_rows = F.linear(h, down, down_bias)
+        z.put(rows, z_rows)
+        inside = None if residual_after_norm else r
+        direct = y.rows(rows, x, N) if not norm_after and x.dtype is wide else None
+        out = _expand(act(z_rows), up, up_bias, scale, inside, dropped, threshold, traced, direct)
+        if norm_after:
+            v.put(rows, out)
+            out, mean, rstd = torch.native_layer_norm(out, (N,), *norm_after, eps)
+            mean_after.put(rows, mean)
+            rstd_after.put(rows, rstd)
+        if residual_after_norm and r is not None:
+            out = _add(out, r, traced)
+        y.put(rows, cast(out, x.dtype))
+    return tuple(result.value for result in results)
 
 
 def adapter_bwd(
     dy: Tensor,
+    saved: Sequence[Tensor | None],
     x: Tensor,
     residual: Tensor | None,
     down_weight: Tensor,
@@ -86,138 +103,163 @@ def adapter_bwd(
     scaling: float | Tensor,
     norm_before: Norm | None,
     norm_after: Norm | None,
-    z: Tensor,
-    stats_before: Tensor | None,
-    stats_after: Tensor | None,
     threshold: int,
     seed: Tensor | None,
     *,
     activation: str,
     residual_after_norm: bool,
-    eps: float,
     needs: set[str],
+    eps: float,
     traced: str = "",
 ) -> dict[str, Any]:
     """The gradients that `needs` names; those of a norm are a (weight, bias) pair.
 
     Where `residual` is x itself its gradient is part of x's.
     """
-    wide = wide_dtype(down_weight)
-    wide_dy, scale = cast(dy, wide), _number(scaling, traced)
-    grads: dict[str, Any] = {}
+    wide, (M, K), N = wide_dtype(down_weight), x.shape, up_weight.shape[0]
+    number, keep = _number(scaling, traced), keep_scale(threshold)
+    down, up, up_bias = (_cast(p, wide) for p in (down_weight, up_weight, up_bias))
+    norm_before, norm_after = _cast_norm(norm_before, wide), _cast_norm(norm_after, wide)
+    z, mean_before, rstd_before, mean_after, rstd_after, v = saved
+    whole = bool(traced) or (x.dtype is wide and not (norm_before or threshold))
+    height = M if whole else block_rows(N)
+    dx, d_residual = _Rows(M, height), _Rows(M, height)
+    sums: dict[str, Any] = {}
 
-    dv = wide_dy
-    if norm_after is not None:
-        inside = None if residual is None or residual_after_norm else cast(residual, wide)
-        v = _expand(z, up_weight, up_bias, scaling, inside, threshold, seed, activation, traced)
-        dv, grads["norm_after"] = _norm_grad(wide_dy, v, norm_after, stats_after)
-    d_residual = wide_dy if residual_after_norm else dv
-    grads["residual"] = d_residual
+    def add_sum(name: str, value: Tensor) -> None:
+        sums[name] = value if name not in sums else sums[name].add_(value)
 
-    dt, keep = dv, 1.0  # without scaling and 1 / (1-p)
-    if threshold:
-        dt, keep = _masked(dv, threshold, seed, traced), keep_scale(threshold)
-    a, scale = ACTIVATIONS[activation](z), scale * keep
-    if "up_weight" in needs:
-        grads["up_weight"] = tall_mm(a, dt, traced).t() * scale
-    if "up_bias" in needs or ("scaling" in needs and up_bias is not None):
-        d_bias = dt.sum(0)
-        grads["up_bias"] = d_bias * scale
+    def add_product(name: str, s: Tensor, tall: Tensor) -> None:
+        sums[name] = tall_mm(s, tall, traced) if name not in sums else sums[name].addmm_(s.t(), tall)
 
-    if needs & {"x", "down_weight", "down_bias", "scaling", "norm_before"}:
+    for rows, dropped in _blocks(M, N, height, threshold, seed, wide, traced):
+        z_rows, dv = z[rows], cast(dy[rows], wide)
+        skip = dv
+        if norm_after:
+            dv, *sides = _norm_grad(dv, v[rows], norm_after, mean_after[rows], rstd_after[rows])
+            add_sum("norm_after_weight", sides[0])
+            add_sum("norm_after_bias", sides[1])
+            skip = skip if residual_after_norm else dv
+        if "residual" in needs:
+            d_residual.put(rows, cast(skip, dy.dtype))
+        dt = dv if dropped is None else dropped.masked(dv)
+        a = ACTIVATIONS[activation](z_rows)
+        if "up_weight" in needs:
+            add_product("up_weight", a, dt)
+        if "up_bias" in needs or ("scaling" in needs and up_bias is not None):
+            add_sum("up_bias", dt.sum(0))
+        if not needs & {"x", "down_weight", "down_bias", "scaling", "norm_before"}:
+            continue
         if "scaling" in needs:
-            da = torch.mm(dt, cast(up_weight, wide))
-            of_bias = 0.0 if up_bias is None else (cast(up_bias, wide) * d_bias).sum()
-            grads["scaling"] = ((a * da).sum() + of_bias) * keep
-            da = da * scale
+            da = narrow_mm(dt, up, keep, traced)
+            add_sum("scaling", (a * da).sum())
+            da = da * number
         else:
-            da = narrow_mm(dt, cast(up_weight, wide), scale, traced)
-        dz = ACTIVATION_GRADS[activation](da, z)
+            da = narrow_mm(dt, up, number * keep, traced)
+        dz = ACTIVATION_GRADS[activation](da, z_rows)
         if "down_bias" in needs:
-            grads["down_bias"] = dz.sum(0)
-        wide_down, h = cast(down_weight, wide), cast(x, wide)
-        skip = d_residual if residual is x else None
-        if norm_before is not None and needs & {"x", "norm_before"}:
-            dx, grads["norm_before"] = _norm_grad(torch.mm(dz, wide_down), h, norm_before, stats_before)
-            grads["x"] = dx if skip is None else _add(dx, skip, traced)
+            add_sum("down_bias", dz.sum(0))
+        h = cast(x[rows], wide)
+        if norm_before and needs & {"x", "norm_before"}:
+            d, *sides = _norm_grad(torch.mm(dz, down), h, norm_before, mean_before[rows], rstd_before[rows])
+            add_sum("norm_before_weight", sides[0])
+            add_sum("norm_before_bias", sides[1])
+            if residual is x:
+                d = torch.add(d, skip, out=dx.rows(rows, dy, K) if dy.dtype is wide else None)
+            dx.put(rows, cast(d, dy.dtype))
         elif "x" in needs:
-            grads["x"] = torch.mm(dz, wide_down) if skip is None else torch.addmm(skip, dz, wide_down)
+            d = torch.addmm(skip, dz, down) if residual is x else torch.mm(dz, down)
+            dx.put(rows, cast(d, dy.dtype))
         if "down_weight" in needs:
-            if norm_before is not None:
-                h, _ = _norm(h, norm_before, eps)
-            grads["down_weight"] = tall_mm(dz, h, traced)
+            if norm_before:
+                h = torch.native_layer_norm(h, (K,), *norm_before, eps)[0]
+            add_product("down_weight", dz, h)
 
-    return {name: grads[name] for name in needs}
+    grads: dict[str, Any] = {"x": dx.value, "residual": d_residual.value}
+    if "scaling" in needs:
+        grads["scaling"] = (
+            sums["scaling"] if up_bias is None else sums["scaling"] + (up_bias * sums["up_bias"]).sum() * keep
+        )
+    for name in ("up_weight", "up_bias"):
+        if name in needs:
+            grads[name] = (sums[name].t() if name == "up_weight" else sums[name]) * (number * keep)
+    for name in ("norm_before", "norm_after"):
+        grads[name] = sums.get(f"{name}_weight"), sums.get(f"{name}_bias")
+    return {name: grads[name] if name in grads else sums[name] for name in needs}
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + bias in x's dtype."""
-    return F.linear(x, cast(weight, x.dtype), bias if bias is None else cast(bias, x.dtype))
+class _Rows:
+    """A tensor of M rows that is put together from blocks of `height` rows."""
+
+    def __init__(self, M: int, height: int) -> None:
+        self.M, self.whole = M, height >= M
+        self.value: Any = None
+
+    def rows(self, rows: slice, like: Tensor, width: int) -> Tensor | None:
+        """Where a block may be written, a tensor of `like`'s dtype; None where the block will be the whole."""
+        if self.whole:
+            return None
+        if self.value is None:
+            self.value = like.new_empty(self.M, width)
+        return self.value[rows]
+
+    def put(self, rows: slice, block: Tensor) -> None:
+        """Take a block, unless it was written where `rows` said."""
+        if self.whole:
+            self.value = block
+        elif self.value is None or self.value[rows].data_ptr() != block.data_ptr():
+            place: Any = self.rows(rows, block, block.shape[1])
+            place.copy_(block)
+
+
+def _blocks(
+    M: int, N: int, height: int, threshold: int, seed: Tensor | None, wide: torch.dtype, traced: str
+) -> Iterable[tuple[slice, Dropped | Mask | None]]:
+    if threshold:
+        return blocks_of(seed, (M, N), threshold, wide, traced)
+    if height >= M:
+        return [(slice(None), None)]
+    return [(slice(start, start + height), None) for start in range(0, M, height)]
 
 
 def _expand(
-    z: Tensor,
-    up_weight: Tensor,
+    a: Tensor,
+    up: Tensor,
     up_bias: Tensor | None,
-    scaling: float | Tensor,
+    scale: Any,
     residual: Tensor | None,
+    dropped: Dropped | Mask | None,
     threshold: int,
-    seed: Tensor | None,
-    activation: str,
     traced: str,
+    out: Tensor | None,
 ) -> Tensor:
-    """residual + scaling · mask ∘ (act(z) Wuᵀ + bu) / (1-p), a new tensor (M, N)."""
-    a, scale = ACTIVATIONS[activation](z), _number(scaling, traced)
-    if traced:
-        t = _linear(a, up_weight, up_bias)
-        if threshold:
-            ((_, dropped),) = blocks_of(seed, t.shape, threshold, t.dtype, traced)
-            t, scale = dropped.masked(t), scale * keep_scale(threshold)
-        return t * scale if residual is None else torch.add(residual, t * scale)
-    if not threshold:
-        if residual is None:
-            return _linear(a, up_weight, up_bias).mul_(scale)
-        weight = cast(up_weight, z.dtype)
+    """residual + scale · mask ∘ (a Wuᵀ + bu) / (1-p), in `out` where that is given."""
+    if dropped is None and residual is not None and not traced:
         if up_bias is None:
-            return torch.addmm(residual, a, weight.t(), alpha=scale)
-        return torch.add(residual, cast(up_bias, z.dtype), alpha=scale).addmm_(a, weight.t(), alpha=scale)
-    scale = scale * keep_scale(threshold)
-    y = z.new_empty(z.shape[0], up_weight.shape[0])
-    for rows, dropped in dropped_blocks(seed, y.shape, threshold):
-        t = _linear(a[rows], up_weight, up_bias)
+            return torch.addmm(residual, a, up.t(), alpha=scale, out=out)
+        return torch.add(residual, up_bias, alpha=scale, out=out).addmm_(a, up.t(), alpha=scale)
+    t = F.linear(a, up, up_bias)
+    if isinstance(dropped, Dropped):
         dropped.mask_(t)
-        if residual is None:
-            torch.mul(t, scale, out=y[rows])
-        else:
-            torch.add(residual[rows], t, alpha=scale, out=y[rows])
-    return y
-
-
-def _masked(dv: Tensor, threshold: int, seed: Tensor | None, traced: str) -> Tensor:
+    elif dropped is not None:
+        t = dropped.masked(t)
+    scale = scale * keep_scale(threshold)
     if traced:
-        ((_, dropped),) = blocks_of(seed, dv.shape, threshold, dv.dtype, traced)
-        return dropped.masked(dv)
-    out = dv.clone(memory_format=torch.contiguous_format)
-    for rows, dropped in dropped_blocks(seed, dv.shape, threshold):
-        dropped.mask_(out[rows])
-    return out
+        return t * scale if residual is None else residual + t * scale
+    return t.mul_(scale) if residual is None else torch.add(residual, t, alpha=scale, out=out)
 
 
-def _norm(x: Tensor, norm: Norm, eps: float) -> tuple[Tensor, Tensor]:
-    """LN(x) and the mean and rstd of x's rows, (2, M)."""
-    weight, bias = (cast(parameter, x.dtype) for parameter in norm)
-    out, mean, rstd = torch.native_layer_norm(x, x.shape[1:], weight, bias, eps)
-    return out, torch.stack((mean.reshape(-1), rstd.reshape(-1)))
+def _norm_grad(dy: Tensor, x: Tensor, norm: Norm, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x and of the norm's weight and bias."""
+    return _aten.native_layer_norm_backward(dy, x, (x.shape[1],), mean, rstd, *norm, (True, True, True))
 
 
-def _norm_grad(dy: Tensor, x: Tensor, norm: Norm, stats: Tensor) -> tuple[Tensor, Norm]:
-    """The gradients of x and of the norm's weight and bias, of LN(x)."""
-    weight, bias = (cast(parameter, x.dtype) for parameter in norm)
-    mean, rstd = stats.view(2, -1, 1)
-    dx, dweight, dbias = _aten.native_layer_norm_backward(
-        dy, x, x.shape[1:], mean, rstd, weight, bias, (True, True, True)
-    )
-    return dx, (dweight, dbias)
+def _cast(parameter: Tensor | None, dtype: torch.dtype) -> Any:
+    return None if parameter is None else cast(parameter, dtype)
+
+
+def _cast_norm(norm: Norm | None, dtype: torch.dtype) -> Norm | None:
+    return None if norm is None else (cast(norm[0], dtype), cast(norm[1], dtype))
 
 
 def _add(a: Tensor, b: Tensor, traced: str) -> Tensor:

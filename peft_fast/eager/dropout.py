@@ -87,10 +87,15 @@ def dropout_mask(seed: Tensor, shape: Sequence[int], threshold: int) -> Tensor:
     return mask.to(seed.device)
 
 
+def block_rows(K: int) -> int:
+    """The height of a block of rows of length K."""
+    return max(1, BLOCK_ELEMENTS // max(K, 1))
+
+
 def dropped_blocks(seed: Tensor, shape: Sequence[int], threshold: int) -> Iterator[tuple[slice, Dropped]]:
     """What dropout with p = threshold / 2^16 drops of an (M, K) activation, in blocks of rows."""
     M, K = shape
-    height = max(1, BLOCK_ELEMENTS // max(K, 1))
+    height = block_rows(K)
     level = threshold >> 8 if threshold >= BYTES_FROM else 0
     points_per_element = -math.log1p(-(threshold - (level << 8)) / (65536 - (level << 8)))
     stream, generator = _seeded(seed)

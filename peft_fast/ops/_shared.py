@@ -1,7 +1,6 @@
 """What the ops share around their autograd functions."""
 
 import importlib
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ def as_tensor(scaling: float | Tensor, like: Tensor) -> Tensor:
     return torch.ones((), dtype=wide, device=like.device) * scaling
 
 
-def saved_tensors(ctx: Any, op: str) -> Iterable[Tensor | None]:
+def saved_tensors(ctx: Any, op: str) -> tuple[Tensor | None, ...]:
     try:
         return ctx.saved_tensors
     except RuntimeError as error:

@@ -132,40 +132,45 @@ def _arguments(tensors: Any, options: Options) -> tuple[list[Any], dict[str, Any
         residual = x
     norm_before = None if before_weight is None else (before_weight, before_bias)
     norm_after = None if after_weight is None else (after_weight, after_bias)
-    keywords = {"activation": options.activation, "residual_after_norm": options.residual_after_norm}
+    keywords: dict[str, Any] = {name: getattr(options, name) for name in ("activation", "residual_after_norm", "eps")}
     return [x, residual, *parameters, norm_before, norm_after], keywords
 
 
 def _launch_fwd(tensors: Any, options: Options, plan: str, traced: bool = False) -> Any:
-    """y (M, N), z (M, R), and the rows' statistics (2, M) before each norm."""
+    """y (M, N), and what `_launch_bwd` wants as `saved`."""
     if traced and plan != "eager":
         y, z, *stats = torch.ops.peft_fast.bottleneck_adapter_fwd(*_with_scaling(tensors), *options)
         return y, z, *_optional(stats, tensors)
-    module: Any = eager if plan == "eager" else _shared.kernels("bottleneck_adapter")
-    args, keywords = _arguments(tensors if plan == "eager" else _resolved(tensors), options)
     if plan == "eager":
-        keywords["traced"] = plan if traced else ""
-    return module.adapter_fwd(*args, options.threshold, options.seed, **keywords, eps=options.eps)
+        args, keywords = _arguments(tensors, options)
+        args += [options.threshold, options.seed]
+        return eager.adapter_fwd(*args, **keywords, traced=plan if traced else "")
+    args, keywords = _arguments(_resolved(tensors), options)
+    return _shared.kernels("bottleneck_adapter").adapter_fwd(*args, options.threshold, options.seed, **keywords)
 
 
 def _launch_bwd(
-    dy: Tensor, tensors: Any, options: Options, z: Tensor, stats: Any, needs: set[str], plan: str, traced: bool = False
+    dy: Tensor, tensors: Any, options: Options, saved: Any, needs: set[str], plan: str, traced: bool = False
 ) -> dict[str, Tensor]:
     """The gradients that `needs` names among INPUTS; x's has that of the residual in it where `skip`."""
-    if plan != "eager" and traced and not support.is_batched(dy):
+    batched = support.is_batched(dy)
+    if plan != "eager" and traced and not batched:
         named = sorted(needs)
-        grads = torch.ops.peft_fast.bottleneck_adapter_bwd(dy, *_with_scaling(tensors), *options, z, *stats, named)
+        grads = torch.ops.peft_fast.bottleneck_adapter_bwd(dy, *_with_scaling(tensors), *options, *saved, named)
         return dict(zip(named, grads, strict=True))
     pairs = {name.rsplit("_", 1)[0] if name.startswith("norm") else name for name in needs}
-    module: Any = eager
-    if plan == "eager" or support.is_batched(dy):
+    if plan == "eager" or batched:
         args, keywords = _arguments(tensors, options)
-        keywords |= {"eps": options.eps, "traced": plan if traced else ""}
+        args, keywords = [*args, options.threshold, options.seed], keywords | {"traced": plan if traced else ""}
+        if plan != "eager":
+            _, *saved = eager.adapter_fwd(*args, **keywords)
+        grads = eager.adapter_bwd(dy, saved, *args, **keywords, needs=pairs)
     else:
-        module = _shared.kernels("bottleneck_adapter")
         dy, *tensors = _resolved((dy, *tensors))
         args, keywords = _arguments(tensors, options)
-    grads = module.adapter_bwd(dy, *args, z, *stats, options.threshold, options.seed, **keywords, needs=pairs)
+        del keywords["eps"]
+        args += [*saved, options.threshold, options.seed]
+        grads = _shared.kernels("bottleneck_adapter").adapter_bwd(dy, *args, **keywords, needs=pairs)
     for name in ("norm_before", "norm_after"):
         if name in grads:
             grads[f"{name}_weight"], grads[f"{name}_bias"] = grads.pop(name)
@@ -201,8 +206,8 @@ def _fwd(*args):
 @torch.library.impl(LIBRARY, "bottleneck_adapter_bwd", "CompositeExplicitAutograd")
 def _bwd(dy, *args):
     n, m = len(INPUTS), len(INPUTS) + len(Options._fields)
-    z, *stats, needs = args[m:]
-    grads = _launch_bwd(dy, args[:n], Options(*args[n:m]), z, stats, set(needs), "split")
+    *saved, needs = args[m:]
+    grads = _launch_bwd(dy, args[:n], Options(*args[n:m]), saved, set(needs), "split")
     return [grads[name] for name in needs]
 
 
@@ -228,7 +233,7 @@ class _BottleneckAdapter(torch.autograd.Function):
         x, residual = tensors[:2]
         shape = x.shape
         rows = [x.reshape(-1, shape[-1]), residual if residual is None else residual.reshape(-1, residual.shape[-1])]
-        y, z, *stats = _launch_fwd((*rows, *tensors[2:]), options, plan, traced)
+        y, *saved = _launch_fwd((*rows, *tensors[2:]), options, plan, traced)
         ctx.needs = {name for name, need in zip(INPUTS, ctx.needs_input_grad[3:], strict=True) if need}
         kept = list(tensors)
         has_norm_after = tensors[INPUTS.index("norm_after_weight")] is not None
@@ -237,14 +242,15 @@ class _BottleneckAdapter(torch.autograd.Function):
         ctx.scaling = kept[INPUTS.index("scaling")]
         if not isinstance(ctx.scaling, Tensor):
             kept[INPUTS.index("scaling")] = None
-        ctx.save_for_backward(*kept, z, *stats, options.seed)
+        ctx.save_for_backward(*kept, options.seed, *saved)
         ctx.x_shape, ctx.options, ctx.plan = shape, options._replace(seed=None), plan
         # Not a view in autograd's eyes: the caller may change y in place.
         return y if len(shape) == 2 else torch.ops.aten._unsafe_view.default(y, (*shape[:-1], y.shape[1]))
 
     @staticmethod
     def backward(ctx, dy):
-        *tensors, z, stats_before, stats_after, seed = _shared.saved_tensors(ctx, "bottleneck_adapter")
+        kept = _shared.saved_tensors(ctx, "bottleneck_adapter")
+        tensors, (seed, *saved) = list(kept[: len(INPUTS)]), kept[len(INPUTS) :]
         scaling = INPUTS.index("scaling")
         if tensors[scaling] is None:
             tensors[scaling] = ctx.scaling
@@ -253,11 +259,11 @@ class _BottleneckAdapter(torch.autograd.Function):
             if torch.is_grad_enabled():  # create_graph=True
                 grads = _differentiable_bwd(ctx, dy, tensors, options)
             else:
-                grads = _backward(ctx, dy, tensors, options, z, (stats_before, stats_after))
+                grads = _backward(ctx, dy, tensors, options, saved)
         return None, None, None, *(grads.get(name) for name in INPUTS)
 
 
-def _backward(ctx, dy, tensors, options, z, stats):
+def _backward(ctx, dy, tensors, options, saved):
     x, residual = tensors[:2]
     like = dict(zip(INPUTS, tensors, strict=True)) | {"residual": dy}
     rows = [x.reshape(-1, x.shape[-1]), residual if residual is None else residual.reshape(-1, residual.shape[-1])]
@@ -265,8 +271,7 @@ def _backward(ctx, dy, tensors, options, z, stats):
         dy.reshape(-1, dy.shape[-1]),
         (*rows, *tensors[2:]),
         options,
-        z,
-        stats,
+        saved,
         ctx.needs,
         ctx.plan,
         traced=not support.runs_plainly(dy),
@@ -285,10 +290,11 @@ def _differentiable_bwd(ctx, dy, tensors, options):
     return dict(zip([name for name in INPUTS if name in ctx.needs], grads, strict=True))
 
 
-def _differentiable(tensors, options, plan, keep_mask=None):
+def _differentiable(tensors, options, plan):
     """The reference with the mask of `plan`: right under every transform of torch, fast under none."""
     x, residual, down_weight, down_bias, up_weight, up_bias, scaling, *norms = tensors
-    if options.threshold and keep_mask is None:
+    keep_mask = None
+    if options.threshold:
         shape = (x.shape[:-1].numel(), up_weight.shape[0])
         mask = torch.ops.peft_fast.dropout_mask(options.seed, shape, options.threshold, plan)
         keep_mask = mask.view(*x.shape[:-1], up_weight.shape[0])
@@ -374,6 +380,26 @@ def bottleneck_adapter(
     NotImplementedError where an explicit `backend` cannot serve.
     """
     parameters = [down_weight, down_bias, up_weight, up_bias, *(norm_before or _NO_NORM), *(norm_after or _NO_NORM)]
+    if seed is None and _is_usual_call(x, residual, parameters, scaling, activation, dropout_p):
+        keep_mask = None
+        if dropout_p:
+            keep_mask = x.new_empty(*x.shape[:-1], up_weight.shape[0]).bernoulli_(1 - dropout_p)
+        return reference.bottleneck_adapter(
+            x,
+            down_weight,
+            up_weight,
+            down_bias=down_bias,
+            up_bias=up_bias,
+            activation=activation,
+            scaling=scaling,
+            residual=residual,
+            dropout_p=dropout_p,
+            keep_mask=keep_mask,
+            norm_before=norm_before,
+            norm_after=norm_after,
+            residual_after_norm=residual_after_norm,
+            eps=eps,
+        )
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         x, residual, parameters = _autocast(x, residual, parameters)
         with torch.autocast(x.device.type, enabled=False):
@@ -381,19 +407,39 @@ def bottleneck_adapter(
     return _apply(x, residual, parameters, scaling, activation, dropout_p, seed, residual_after_norm, eps)
 
 
+def _is_usual_call(
+    x: Tensor, residual: Any, parameters: list[Any], scaling: Any, activation: str, dropout_p: float
+) -> bool:
+    """Whether all fits and the usual torch calls are as fast as they get: a small x on the CPU, where each microsecond
+    counts, or a compiler that fuses what there is to fuse."""
+    compiling = torch.compiler.is_compiling()
+    if not x.is_cpu or not (x.numel() < support.MIN_CPU_ADAPTER_ELEMENTS or (compiling and not dropout_p)):
+        return False
+    down_weight, _, up_weight, *_ = parameters
+    if torch._C._is_any_autocast_enabled() or support.current_backend(down_weight) != "auto":
+        return False
+    dtype, shape, (R, K), (N, width) = x.dtype, x.shape, down_weight.shape, up_weight.shape
+    if not (dtype.is_floating_point and shape and shape[-1] == K and width == R > 0):
+        return False
+    if (isinstance(scaling, Tensor) and scaling.numel() != 1) or not isinstance(scaling, (float, int, Tensor)):
+        return False
+    of_x = residual is None or (residual is x and N == K)
+    if not of_x and (residual.dtype is not dtype or residual.shape != (*shape[:-1], N)):
+        return False
+    for tensor, length in zip(parameters, (R, R, N, N, K, K, N, N), strict=True):
+        if tensor is not None and (tensor.dtype is not dtype or tensor.shape[0] != length or not tensor.is_cpu):
+            return False
+    return activation in reference.ACTIVATIONS and 0.0 <= dropout_p < 1.0
+
+
 def _apply(x, residual, parameters, scaling, activation, dropout_p, seed, residual_after_norm, eps):
     skip = residual is x
     tensors = (x, None if skip else residual, *parameters[:4], scaling, *parameters[4:])
     _validate(tensors, activation, dropout_p, seed, residual, eps)
-    down_weight, up_weight = parameters[0], parameters[2]
-    backend = support.current_backend(down_weight)
+    backend = support.current_backend(parameters[0])
     threshold = reference.drop_threshold(dropout_p) if dropout_p else 0
     options = Options(skip, threshold, seed, activation, residual_after_norm, eps)
     if threshold and seed is None:
-        if backend == "auto" and x.is_cpu and x.numel() < support.MIN_CPU_DROPOUT_ELEMENTS:
-            # The usual torch calls: seeding a generator twice would cost more than its fast dropout saves.
-            mask = torch.empty(*x.shape[:-1], up_weight.shape[0], dtype=down_weight.dtype).bernoulli_(1 - dropout_p)
-            return _differentiable(tensors, options, "eager", mask)
         options = options._replace(seed=eager.draw_seed(x.device))
     if support.runs_plainly(x):
         plan = support.choose_plan(x, backend)

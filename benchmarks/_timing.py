@@ -1,0 +1,59 @@
+"""What the layer benchmarks share: variants that take turns, options, and the file of results."""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+NEVER_SLOWER = 1.03  # 3% for noise
+
+
+class Turns:
+    """Runs variants in turns and keeps the seconds that each took."""
+
+    def __init__(self, variants: dict[str, Callable[[], None]]) -> None:
+        self.variants = variants
+        self.seconds: dict[str, list[float]] = {name: [] for name in variants}
+        for run in variants.values():  # compile, and warm the caches
+            for _ in range(3):
+                run()
+
+    def round(self) -> None:
+        for name, run in self.variants.items():
+            start = time.perf_counter()
+            run()
+            self.seconds[name].append(time.perf_counter() - start)
+
+    def measure(self, seconds: float) -> dict[str, float]:
+        """Medians after at least so many seconds and nine rounds."""
+        end, rounds = time.perf_counter() + seconds, 0
+        while time.perf_counter() < end or rounds < 9:
+            self.round()
+            rounds += 1
+        return self.milliseconds()
+
+    def milliseconds(self) -> dict[str, float]:
+        return {name: 1e3 * statistics.median(values) for name, values in self.seconds.items()}
+
+
+def parse_arguments(doc: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="exit 1 where a bar is not met; wants an idle machine")
+    parser.add_argument("--seconds", type=float, default=5.0, help="how long to measure a row (default 5)")
+    parser.add_argument("--json", type=Path, help="write the rows, with device and versions, to this file")
+    return parser.parse_args()
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    where = {
+        "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(where | {"rows": rows}, indent=2) + "\n")

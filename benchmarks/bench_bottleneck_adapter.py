@@ -1,0 +1,156 @@
+"""One bottleneck adapter, forward and backward: the usual modules and ours, each also compiled.
+
+    python -m benchmarks.bench_bottleneck_adapter             # the table, with ratios and saved bytes
+    python -m benchmarks.bench_bottleneck_adapter --check     # the same, and exit 1 where a bar is not met
+    pytest benchmarks/bench_bottleneck_adapter.py             # under pytest-benchmark
+
+The variants of one row take turns, round by round; medians. Saved bytes are what autograd holds from forward to
+backward, the input counted and the parameters not.
+"""
+
+import copy
+import itertools
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks._timing import NEVER_SLOWER, Turns, parse_arguments, write_rows
+from peft_fast.layers import BottleneckAdapter
+
+SHAPES = [(2048, 768, 48), (2048, 768, 256), (2048, 384, 24), (512, 2048, 64)]  # (M, K, R)
+DROPOUTS = [0.0, 0.1]
+NORMS = ["none", "before", "after"]  # where the adapter has a LayerNorm of its own
+VARIANTS = ["usual", "ours", "usual compiled", "ours compiled"]
+ROWS = list(itertools.product(SHAPES, DROPOUTS, NORMS))
+
+
+class UsualAdapter(nn.Module):
+    """The adapter as it is usually written."""
+
+    def __init__(self, K: int, R: int, dropout_p: float, norm: str) -> None:
+        super().__init__()
+        self.norm_before = nn.LayerNorm(K) if norm == "before" else nn.Identity()
+        self.down = nn.Linear(K, R)
+        self.activation = nn.ReLU()
+        self.up = nn.Linear(R, K)
+        self.dropout = nn.Dropout(dropout_p) if dropout_p else nn.Identity()
+        self.norm_after = nn.LayerNorm(K) if norm == "after" else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm_after(x + self.dropout(self.up(self.activation(self.down(self.norm_before(x))))))
+
+
+def steps(M: int, K: int, R: int, dropout_p: float, norm: str) -> dict[str, Callable[[], None]]:
+    """One training step of the adapter, forward and backward, for each variant; fp32 on the CPU, input gradient too."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    usual = UsualAdapter(K, R, dropout_p, norm).train()
+    ours = BottleneckAdapter(
+        K, R, dropout=dropout_p, norm_before=norm == "before", norm_after=norm == "after", init="houlsby"
+    ).train()
+    layers = {
+        "usual": usual,
+        "ours": ours,
+        "usual compiled": torch.compile(copy.deepcopy(usual), fullgraph=True),
+        "ours compiled": torch.compile(copy.deepcopy(ours), fullgraph=True),
+    }
+    x, dy = torch.randn(M, K, requires_grad=True), torch.randn(M, K)
+
+    def step(layer: nn.Module) -> Callable[[], None]:
+        parameters = list(layer.parameters())
+
+        def run() -> None:
+            layer(x).backward(dy)
+            x.grad = None
+            for parameter in parameters:
+                parameter.grad = None
+
+        run.layer = layer  # type: ignore[attr-defined]
+        return run
+
+    return {name: step(layer) for name, layer in layers.items()}
+
+
+def saved_bytes(layer: nn.Module, M: int, K: int) -> int:
+    """Bytes that autograd holds from forward to backward; x counted, parameters not."""
+    x = torch.randn(M, K, requires_grad=True)
+    parameters = {parameter.data_ptr() for parameter in layer.parameters()}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = layer(x)
+    del y  # it kept every saved tensor alive, so that no two of them shared an address
+    return sum(saved.values())
+
+
+def bytes_bar(dropout_p: float, norm: str) -> float:
+    """The largest ratio of saved bytes to the usual modules' that is allowed."""
+    if dropout_p and norm != "none":
+        return 0.42
+    return 0.60 if dropout_p or norm != "none" else 1.00
+
+
+def missed_bars(row: dict) -> list[str]:
+    """The bars that a row misses, in words."""
+    ms, what = row["milliseconds"], {name: row[name] for name in ("M", "K", "R", "dropout", "norm")}
+    missed = [
+        f"{what}: {one} takes {ms[one] / ms[other]:.2f}x the time of {other}"
+        for one, other in (("ours", "usual"), ("ours compiled", "usual compiled"))
+        if ms[one] > NEVER_SLOWER * ms[other]
+    ]
+    ratio = row["saved_bytes"]["ours"] / row["saved_bytes"]["usual"]
+    if ratio > bytes_bar(row["dropout"], row["norm"]):
+        missed.append(f"{what}: saves {ratio:.2f}x the bytes, the bar is {bytes_bar(row['dropout'], row['norm'])}x")
+    return missed
+
+
+def measure(seconds: float) -> list[dict]:
+    rows = []
+    header = ["M", "K", "R", "dropout", "norm", *VARIANTS, "ratio", "compiled ratio", "bytes ratio"]
+    print(" | ".join(header) + "\n" + " | ".join("---" for _ in header))
+    for (M, K, R), dropout_p, norm in ROWS:
+        variants = steps(M, K, R, dropout_p, norm)
+        saved = {name: saved_bytes(variants[name].layer, M, K) for name in ("usual", "ours")}  # type: ignore[attr-defined]
+        ms = Turns(variants).measure(seconds)
+        rows.append(
+            {"M": M, "K": K, "R": R, "dropout": dropout_p, "norm": norm, "milliseconds": ms, "saved_bytes": saved}
+        )
+        cells = [M, K, R, dropout_p, norm, *(f"{ms[name]:.2f}" for name in VARIANTS)]
+        cells.append(f"{ms['ours'] / ms['usual']:.2f}")
+        cells.append(f"{ms['ours compiled'] / ms['usual compiled']:.2f}")
+        cells.append(f"{saved['ours'] / saved['usual']:.2f}")
+        print(" | ".join(map(str, cells)), flush=True)
+    return rows
+
+
+def main() -> None:
+    arguments = parse_arguments(__doc__)
+    rows = measure(arguments.seconds)
+    if arguments.json:
+        write_rows(arguments.json, rows)
+    missed = [line for row in rows for line in missed_bars(row)]
+    if arguments.check:
+        print("\n".join(missed) or "every bar is met")
+        sys.exit(bool(missed))
+
+
+@pytest.mark.parametrize(("shape", "dropout_p", "norm"), ROWS, ids=lambda value: str(value).replace(", ", "x"))
+def test_bottleneck_adapter(benchmark, shape, dropout_p, norm):
+    variants = steps(*shape, dropout_p, norm)
+    ours = variants.pop("ours")
+    others = Turns(variants)
+    benchmark.pedantic(ours, setup=others.round, rounds=15, warmup_rounds=2)
+    benchmark.extra_info["milliseconds"] = others.milliseconds()
+
+
+if __name__ == "__main__":
+    main()
