@@ -30,6 +30,7 @@ LN_after) has fp32's accuracy on 16-bit tensor cores (`_tl.dot_split`); y and dx
 Sums that several programs share are written as partial sums and added in a fixed order: no atomics.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,23 +46,27 @@ from .skinny import _accumulator, _chunks, _coefficient, _scaling_arguments, _su
 Norm = tuple[Tensor, Tensor]
 
 
-def _adapter_tile(x: Tensor, weight: Tensor, norm_after: Norm | Tensor | None) -> Tile:
-    """A block of rows, `cols` of K or N and a block of R a step."""
+def _adapter_tile(x: Tensor, weight: Tensor, R: int, norm_after: Norm | None) -> Tile:
+    """A block of rows, and the columns of K or N and the block of R that a step takes."""
     kind = chip(x.device)
     if kind == "interpreter":
-        return Tile(64, 256, 0, 128, 4, 1)
+        return Tile(32, 128, 0, 64, 4, 1)
     if x.element_size() > 2:
-        return Tile(32, 32, 0, 32, 4, 1)
-    # Under LN_after a step holds h as well.
+        return Tile(32, 32, 0, 32, 8, 1)
+    # Under LN_after h is alive beside its gradient.
     cols = 64 if norm_after is None else 32
     if weight.dtype != x.dtype:
-        return Tile(64, cols, 0, 64 if kind == "sm90" else 32, 8, 2)
+        return Tile(64, cols, 0, 64 if kind == "sm90" and (norm_after is None or R <= 64) else 32, 8, 2)
     return Tile(64, cols, 0, 128, 8, 2)
 
 
-def _up_grad_tile(dy: Tensor, weight: Tensor, norm_after: Tensor | None) -> Tile:
-    """A block of rows and of N a step, a block of R; dWu (cols, rank) is what a program accumulates."""
-    return _adapter_tile(dy, weight, norm_after)
+def _up_grad_tile(dy: Tensor, weight: Tensor, R: int, norm_after: Norm | None) -> Tile:
+    """As above; under LN_after the whole of Wu's tile, (cols, rank), stays in registers beside that of dWu."""
+    tile = _adapter_tile(dy, weight, R, norm_after)
+    if chip(dy.device) == "interpreter" or norm_after is None or dy.element_size() > 2:
+        return tile
+    rows = 64 if weight.dtype == dy.dtype else 32 if R <= 64 else 16
+    return replace(tile, rows=rows, rank=min(tile.rank, 64))
 
 
 @triton.jit
@@ -661,7 +666,7 @@ def adapter_fwd(
     stats_before, stats_after = (
         None if norm is None else torch.empty((2, M), dtype=wide, device=x.device) for norm in (norm_before, norm_after)
     )
-    tile = _adapter_tile(x, down_weight, norm_after)
+    tile = _adapter_tile(x, down_weight, R, norm_after)
     block_r = rank_block(R, tile)
     blocks_r = triton.cdiv(R, block_r)
     launch(
@@ -670,11 +675,9 @@ def adapter_fwd(
         x,
         residual,
         down_weight,
-        down_bias,
+        *_dense(down_bias),
         up_weight,
-        up_bias,
-        *(norm_before or (None, None)),
-        *(norm_after or (None, None)),
+        *_dense(up_bias, *(norm_before or (None, None)), *(norm_after or (None, None))),
         y,
         z,
         None if blocks_r == 1 else torch.empty_like(z),
@@ -754,8 +757,7 @@ def adapter_bwd(
 
     dense_dy, x, down_weight, up_weight = _rows(dy), _rows(x), down_weight.contiguous(), up_weight.contiguous()
     residual = _rows(residual) if residual is not None and through_norm else None
-    after_w = None if norm_after is None else norm_after[0].contiguous()
-    tile = _adapter_tile(x, down_weight, norm_after)
+    tile = _adapter_tile(x, down_weight, R, norm_after)
     block_r = rank_block(R, tile)
     blocks_r, rows = triton.cdiv(R, block_r), triton.cdiv(M, tile.rows)
     constants: dict[str, Any] = {
@@ -790,9 +792,7 @@ def adapter_bwd(
             residual,
             down_weight,
             up_weight,
-            up_bias,
-            None if norm_before is None else norm_before[0].contiguous(),
-            after_w,
+            *_dense(up_bias, (norm_before or (None,))[0], (norm_after or (None,))[0]),
             z,
             stats_before,
             stats_after,
@@ -821,7 +821,7 @@ def adapter_bwd(
         )
     if need_g or "norm_after" in needs:
         act = z if act is None else act
-        outer = (dense_dy, residual, up_weight, up_bias, after_w, act, stats_after, sums, scaling, threshold, seed)
+        outer = (dense_dy, residual, up_weight, up_bias, norm_after, act, stats_after, sums, scaling, threshold, seed)
         grads.update(_up_grad(*outer, needs, constants))
     if dbd is not None:
         dbd = _sum_partials(dbd, wide)
@@ -841,7 +841,7 @@ def _up_grad(
     residual: Tensor | None,
     up_weight: Tensor,
     up_bias: Tensor | None,
-    after_w: Tensor | None,
+    norm_after: Norm | None,
     act: Tensor,
     stats_after: Tensor | None,
     sums: Tensor | None,
@@ -853,7 +853,7 @@ def _up_grad(
 ) -> dict[str, Any]:
     """The gradients of Wu, bu and LN_after's parameters, those which `needs` names."""
     (M, N), R, dtype = dy.shape, up_weight.shape[1], up_weight.dtype
-    tile = _up_grad_tile(dy, up_weight, after_w)
+    tile = _up_grad_tile(dy, up_weight, R, norm_after)
     block_r = rank_block(R, tile)
     blocks_r = triton.cdiv(R, block_r)
     programs = triton.cdiv(N, tile.cols) * blocks_r
@@ -870,8 +870,7 @@ def _up_grad(
         dy,
         residual,
         up_weight,
-        up_bias,
-        after_w,
+        *_dense(up_bias, (norm_after or (None,))[0]),
         act,
         stats_after,
         sums,

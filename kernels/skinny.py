@@ -22,7 +22,7 @@ from ._tl import accumulator, cast, dot, dot_rounded, dot_split, keep_mask, keep
 _PROGRAMS = 256
 
 
-def _skinny_tile(x: Tensor, factor: Tensor, *, with_ds: bool = False) -> Tile:
+def _skinny_tile(x: Tensor, factor: Tensor, *, with_ds: bool = False, with_stats: bool = False) -> Tile:
     """The tile of x that meets all of, or a block of, the rank in one step of a skinny pass."""
     kind = chip(x.device)
     if kind != "interpreter" and x.element_size() > 2:
@@ -36,7 +36,7 @@ def _skinny_tile(x: Tensor, factor: Tensor, *, with_ds: bool = False) -> Tile:
     # Three terms of the factor are alive at once; without wgmma each warp holds them all in registers.
     if kind in ("sm90", "interpreter") or with_ds:
         return Tile(64, 128, 0, 64, 8, num_stages)
-    return Tile(64, 64, 0, 32, 8, num_stages)
+    return Tile(32 if with_stats else 64, 64, 0, 32, 8, num_stages)
 
 
 def reads_dy_once(dy: Tensor, factor: Tensor) -> bool:
@@ -295,7 +295,7 @@ def factor_grad(
     """
     need_df, need_dbias, need_ds = needs
     (M, K), R = x.shape, factor.shape[1]
-    tile = _skinny_tile(x, factor, with_ds=need_ds)
+    tile = _skinny_tile(x, factor, with_ds=need_ds, with_stats=stats is not None)
     block_r = rank_block(R, tile)
     blocks_k = triton.cdiv(K, tile.cols)
     programs = blocks_k * triton.cdiv(R, block_r)

@@ -1,6 +1,6 @@
 """The Triton bottleneck adapter against the float64 reference, in the interpreter where there is no GPU."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -29,6 +29,7 @@ DTYPES = {
     "fp16-fp32": (torch.float16, torch.float32),
     "bf16-fp32": (torch.bfloat16, torch.float32),
 }
+MOST_PATHS = ("fp64", "bf16-fp32")
 # name -> (LN_before, LN_after, residual_after_norm)
 NORMS = {
     "plain": (False, False, False),
@@ -49,7 +50,6 @@ class Case:
     activation: str = "relu"
     residual_after_norm: bool = False
     p: float = 0.0
-    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def needs(self) -> set[str]:
@@ -101,7 +101,17 @@ def forward(case: Case):
 
 
 def arguments(case: Case) -> tuple:
-    names = ("x", "residual", "down_weight", "down_bias", "up_weight", "up_bias", "scaling", "norm_before", "norm_after")
+    names = (
+        "x",
+        "residual",
+        "down_weight",
+        "down_bias",
+        "up_weight",
+        "up_bias",
+        "scaling",
+        "norm_before",
+        "norm_after",
+    )
     return tuple(case.tensors[name] for name in names)
 
 
@@ -178,9 +188,248 @@ def assert_matches(case: Case, needs: set[str] | None = None) -> None:
             assert_within_budget(a, t, e, length=M + N + K + R, name=f"{name}[{index}]")
 
 
-# Every pair of types with every place of the norms; dimensions of several tiles with a tail, both kinds of residual.
-@pytest.mark.parametrize("norms", NORMS)
-@pytest.mark.parametrize("dtypes", DTYPES)
+# Every pair of types without and with both norms, each place of a norm in the types that take most paths and where the
+# budget is tightest. Every dimension is more than one of the interpreter's tiles, with a tail; both kinds of residual.
+@pytest.mark.parametrize(
+    ("dtypes", "norms"),
+    [(dtypes, norms) for dtypes in DTYPES for norms in NORMS if norms in ("plain", "both") or dtypes in MOST_PATHS],
+    ids=str,
+)
 def test_results(dtypes, norms, device):
     residual = "other" if norms in ("before", "after-inside", "both") else "x"
-    assert_matches(make_case(70, 264, 264, 48, dtypes=dtypes, norms=norms, residual=residual, p=0.1, device=device))
+    assert_matches(make_case(40, 136, 136, 72, dtypes=dtypes, norms=norms, residual=residual, p=0.1, device=device))
+
+
+# Little and much dropout, and values on both sides of where a formula for tanh changes.
+@pytest.mark.parametrize("dtypes", ["fp64", "fp32"])
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_activations(activation, dtypes, device):
+    case = make_case(17, 64, 96, 16, dtypes=dtypes, residual="other", p=0.5, activation=activation, device=device)
+    case.tensors["down_weight"][:4] *= 1e-3
+    case.tensors["down_bias"][:4] *= 1e-3
+    case.tensors["down_weight"][4:8] *= 8
+    assert_matches(case)
+
+
+# Nothing, one row, a tail, many blocks of rows; bottlenecks of one, between powers of two, of several blocks; widths of
+# 1, off every alignment, of real models, and not the same on both sides.
+@pytest.mark.parametrize(
+    ("M", "K", "N", "R", "norms", "residual", "biases"),
+    [
+        (0, 64, 64, 8, "both", "other", True),
+        (1, 1000, 64, 1, "before", "other", True),
+        (300, 64, 64, 8, "plain", "x", False),
+        (17, 384, 384, 48, "after", "x", False),
+        (17, 768, 384, 200, "both-inside", "none", True),
+        (17, 33, 17, 300, "after", "none", False),
+        (5, 1, 131, 3, "plain", "none", True),
+        (5, 7, 1, 64, "plain", "other", True),
+    ],
+    ids=str,
+)
+def test_shapes(M, K, N, R, norms, residual, biases, device):
+    case = make_case(
+        M, K, N, R, dtypes="bf16-fp32", norms=norms, residual=residual, biases=biases, p=0.1, device=device
+    )
+    assert_matches(case)
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    return tensor.T.contiguous().T
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """Every other element, along each dimension, of a larger tensor."""
+    larger = torch.full([2 * size for size in tensor.shape], float("nan"), dtype=tensor.dtype, device=tensor.device)
+    every_other = larger[(slice(None, None, 2),) * tensor.dim()]
+    return every_other.copy_(tensor)
+
+
+# What autograd and models hand over: y.sum() (expanded both ways), slices of wider tensors, and copies of none.
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("dy", lambda dy: dy[:1, :1].expand_as(dy)),
+        ("dy", lambda dy: dy[:1].expand_as(dy)),
+        ("dy", transposed),
+        ("x", lambda x: torch.nn.functional.pad(x, (8, 8))[:, 8:-8]),
+        ("residual", strided),
+        ("down_weight", transposed),
+        ("up_weight", strided),
+        ("down_bias", strided),
+        ("norm_before", lambda norm: tuple(map(strided, norm))),
+        ("norm_after", lambda norm: tuple(map(strided, norm))),
+    ],
+    ids=["dy-value", "dy-row", "dy-T", "x-slice", "residual", "down-T", "up", "down-bias", "before", "after"],
+)
+def test_layouts(name, layout, device):
+    case = make_case(20, 40, 48, 8, dtypes="bf16", norms="both", residual="other", p=0.1, device=device)
+    if name == "dy":
+        case.dy = layout(case.dy)
+    else:
+        case.tensors[name] = layout(case.tensors[name])
+    assert_matches(case)
+
+
+# A number that no type represents, negative, zero; learned, as a number of no and of one dimension.
+@pytest.mark.parametrize("norms", ["plain", "after"])
+@pytest.mark.parametrize("scaling", [1 / 3, -0.7, 0.0])
+def test_scaling(scaling, norms, device):
+    case = make_case(33, 64, 64, 8, norms=norms, activation="silu", p=0.1, device=device, scaling=scaling)
+    assert_matches(case)
+    # The gradient of a learned scaling would cancel, and eager's error with it by chance, if dy did not follow y.
+    case.dy = forward(case)[0] + case.dy / 8
+    plain = run(case)
+    for shape in [(), (1,)]:
+        case.tensors["scaling"] = torch.full(shape, scaling, device=device)
+        assert_matches(case)
+        learned = run(case)
+        assert learned["scaling"].shape == shape
+        assert all(torch.equal(plain[name], learned[name]) for name in ("y", "x", "up_weight", "down_weight"))
+
+
+def equal(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(as_tuple(a), as_tuple(b), strict=True))
+
+
+# Each gradient alone and without each: the bits do not depend on what else is asked for.
+@pytest.mark.parametrize("norms", ["plain", "both", "both-inside"])
+def test_needs(norms, device):
+    case = make_case(20, 40, 40, 72, dtypes="bf16-fp32", norms=norms, residual="other", p=0.1, device=device)
+    case.tensors["scaling"] = torch.tensor(0.7, device=device)
+    everything = run(case)
+    for name in case.needs:
+        for needs in ({name}, case.needs - {name}):
+            for key, value in run(case, needs).items():
+                assert equal(value, everything[key]), (needs, key)
+    assert set(run(case, set())) == {"y", "z"}
+
+
+def kernels_launched(*needs: str, norms="plain", residual="x") -> list[str]:
+    """The names of the kernels in backward."""
+    case = make_case(512, 256, 256, 16, dtypes="bf16", norms=norms, residual=residual, device="meta")
+    with recording(GPUTarget("cuda", 90, 32)) as launches:
+        _, z, *stats = forward(case)
+        launches.clear()
+        options = {"activation": "relu", "residual_after_norm": case.residual_after_norm, "needs": set(needs)}
+        adapter_bwd(case.dy, *arguments(case), z, *stats, 0, None, **options)
+    return [launch.kernel.__name__.removeprefix("_").removesuffix("_kernel") for launch in launches]
+
+
+def test_no_work_for_what_is_not_needed():
+    rows, up, down, total = "adapter_bwd", "up_grad", "factor_grad", "sum_partials"
+    assert kernels_launched() == []
+    assert kernels_launched("residual", residual="other") == []
+    assert kernels_launched("residual", norms="after-inside", residual="other") == []
+    assert kernels_launched("residual", norms="after", residual="other") == [rows]
+    assert kernels_launched("x") == kernels_launched("x", norms="both") == [rows]
+    assert kernels_launched("up_bias") == [up, total]
+    assert kernels_launched("up_weight") == [rows, up, total]
+    assert kernels_launched("norm_after", norms="after") == [rows, up, total, total]
+    assert kernels_launched("down_bias") == [rows, total]
+    assert kernels_launched("down_weight") == [rows, down, total]
+    assert kernels_launched("norm_before", norms="before") == [rows, total, down, total, "down_grad"]
+
+
+@pytest.mark.parametrize("norms", ["plain", "both"])
+def test_bits_repeat(norms, device):
+    case = make_case(72, 136, 136, 72, dtypes="bf16-fp32", norms=norms, p=0.1, device=device)
+    first, second = run(case), run(case)
+    assert all(equal(first[name], second[name]) for name in first)
+
+
+# z, its gradient and fp32 parameters may leave fp16's range where every result is inside it.
+@pytest.mark.parametrize(("dtypes", "power"), [("fp16", 12), ("fp16-fp32", 24), ("fp16-fp32", -24)], ids=str)
+def test_range_of_fp16(dtypes, power, device):
+    case = make_case(40, 136, 136, 8, dtypes=dtypes, p=0.1, device=device, scaling=64.0)
+    case.tensors["down_weight"] *= 2.0**power
+    case.tensors["down_bias"] *= 2.0**power
+    case.tensors["up_weight"] *= 2.0**-power
+    case.dy /= 256
+    assert forward(case)[1].abs().max() > 65504 or power < 0
+    assert_matches(case)
+
+
+# relu's zeros are where the exact z has them: fp32 weights rounded to 16 bits would move its sign.
+@pytest.mark.parametrize("dtypes", ["bf16-fp32", "fp16-fp32"])
+def test_signs_of_z_with_fp32_parameters(dtypes, device):
+    case = make_case(64, 136, 136, 64, dtypes=dtypes, device=device)
+    x, weight, bias = (case.tensors[name].double() for name in ("x", "down_weight", "down_bias"))
+    exact = x @ weight.T + bias
+    z = forward(case)[1]
+    assert z.dtype == torch.float32
+    assert (z - exact).abs().max() < 16 * torch.finfo(torch.float32).eps
+    assert torch.equal(z[exact.abs() > 1e-5] > 0, exact[exact.abs() > 1e-5] > 0)
+
+
+# A mean far above the deviation: E[v²] - E[v]², or a norm folded into the product, would lose every digit.
+def test_norms_of_rows_far_from_zero(device):
+    case = make_case(20, 264, 264, 16, norms="both", activation="tanh", device=device)
+    case.tensors["x"] += 1000
+    assert_matches(case)
+
+
+class _Adapter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, options, seed, x, residual, wd, bd, wu, bu, scaling, before_w, before_b, after_w, after_b):
+        inputs = (
+            x,
+            x if residual is None else residual,
+            wd,
+            bd,
+            wu,
+            bu,
+            scaling,
+            (before_w, before_b),
+            (after_w, after_b),
+        )
+        y, z, *stats = adapter_fwd(*inputs, 20000, seed, eps=EPS, **options)
+        ctx.saved = (*inputs, z, *stats, 20000, seed)
+        ctx.options = options
+        ctx.separate = residual is not None
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        needs = {"x", "down_weight", "down_bias", "up_weight", "up_bias", "scaling", "norm_before", "norm_after"}
+        needs |= {"residual"} if ctx.separate else set()
+        grads = adapter_bwd(dy, *ctx.saved, needs=needs, **ctx.options)
+        names = ("x", "residual", "down_weight", "down_bias", "up_weight", "up_bias", "scaling")
+        return None, None, *map(grads.get, names), *grads["norm_before"], *grads["norm_after"]
+
+
+# As small as tells every index apart: gradcheck runs the kernels twice for every input element.
+@pytest.mark.parametrize(
+    ("activation", "residual", "norms"), [("gelu", "x", "both"), ("silu", "other", "both-inside")], ids=str
+)
+def test_gradcheck(activation, residual, norms, device):
+    case = make_case(2, 3, 3, 2, dtypes="fp64", norms=norms, residual=residual, device=device)
+    case.tensors["scaling"] = torch.tensor(1 / 3, dtype=torch.float64, device=device)
+    if residual == "x":
+        case.tensors["residual"] = None
+    options = {"activation": activation, "residual_after_norm": case.residual_after_norm}
+    leaves = [None if value is None else value.requires_grad_() for item in arguments(case) for value in as_tuple(item)]
+    seed = torch.tensor([SEED], device=device)
+    assert torch.autograd.gradcheck(lambda *leaves: _Adapter.apply(options, seed, *leaves), leaves, fast_mode=False)
+
+
+@pytest.mark.parametrize(("M", "wide"), [(2**19, False), (2**20, True)])
+def test_launches_use_64_bit_offsets(M, wide):
+    case = make_case(1, 4096, 4096, 16, dtypes="bf16", norms="both", residual="other", device="meta")
+    case.tensors["x"], case.tensors["residual"], case.dy = (
+        torch.empty(M, 4096, dtype=torch.bfloat16, device="meta") for _ in range(3)
+    )
+    with recording(GPUTarget("cuda", 90, 32)) as launches:
+        run(case)
+    large = [launch for launch in launches if any(isinstance(a, Tensor) and a.numel() == M * 4096 for a in launch.args)]
+    assert len(large) == 4
+    assert all(launch.constexprs["WIDE"] == wide for launch in large)
+
+
+def test_64_bit_offsets_give_the_same_bits(device, monkeypatch):
+    case = make_case(40, 136, 136, 72, dtypes="bf16", norms="both", residual="other", p=0.1, device=device)
+    narrow = run(case)
+    for module in (bottleneck_adapter, skinny):
+        monkeypatch.setattr(module, "needs_int64", lambda *tensors: True)
+    wide = run(case)
+    assert all(equal(narrow[name], wide[name]) for name in narrow)
