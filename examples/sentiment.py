@@ -1,18 +1,21 @@
-"""Fine-tune a text classifier with PEFT twice, as it is and with `peft_fast.patch(model)`, and compare.
+"""Fine-tune a text classifier with PEFT: LoRA twice, as it is and with `peft_fast.patch(model)`; or another method.
 
     make demo                                            # the default model and data, fetched once
+    make demo METHOD=adapter                             # bottleneck adapters, which PEFT alone does not have
     python examples/sentiment.py --rank 16 --epochs 1    # the same with other settings
     python examples/sentiment.py --model roberta-base --data reviews.csv --label-column stars
 
-Everything is ordinary Transformers and PEFT code but for one line, in `Task.build_model`. The two models start
+Everything is ordinary Transformers and PEFT code but for one line, in `Task.build_model`. The two LoRA models start
 from the same seed, see the same batches in the same order, and take turns, one epoch each, so that a machine
-that slows down slows both. The program prints one table and writes summary.json, loss.png and both adapters to
-the folder --out.
+that slows down slows both. What was trained is saved, and evaluated again in a new process. The program prints one
+table and writes summary.json, loss.png and the adapters to the folder --out.
 """
 
 import argparse
 import math
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -58,7 +61,16 @@ def lora(options: argparse.Namespace, dropout: float) -> PeftConfig:
     )
 
 
-METHODS: dict[str, Callable[[argparse.Namespace, float], PeftConfig]] = {"lora": lora}
+def adapter(options: argparse.Namespace, dropout: float) -> PeftConfig:
+    """Bottleneck adapters at the places of --style. The new classifier is trained as it is."""
+    return peft_fast.BottleneckConfig(
+        task_type=TaskType.SEQ_CLS, style=options.style, bottleneck_size=options.bottleneck_size, dropout=dropout
+    )
+
+
+METHODS: dict[str, Callable[[argparse.Namespace, float], PeftConfig]] = {"lora": lora, "adapter": adapter}
+# What is trained side by side: a method of PEFT's own, as it is and patched.
+VARIANTS = {"lora": ("stock", "patched"), "adapter": ("adapter",)}
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -81,10 +93,17 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--rank", type=int, default=8, help="rank R of the low-rank update (default: %(default)s)")
     add("--alpha", type=float, default=16, help="the update is scaled by alpha / rank (default: %(default)s)")
     add(
+        "--style",
+        choices=("houlsby", "pfeiffer", "parallel"),
+        default="pfeiffer",
+        help="of adapter (default: %(default)s)",
+    )
+    add("--bottleneck-size", type=int, default=48, help="size of an adapter's bottleneck (default: %(default)s)")
+    add(
         "--dropout",
         type=float,
         default=0.05,
-        help="dropout before the low-rank update (default: %(default)s)",
+        help="dropout before the low-rank update, or behind an adapter (default: %(default)s)",
     )
     add(
         "--lr",
@@ -95,9 +114,12 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=16, help="texts a step (default: %(default)s)")
     add("--epochs", type=int, default=2, help="passes over the training rows (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of split, weights, order and dropout (default: %(default)s)")
-    add("--out", type=Path, default=Path("out/demo"), help="folder for the results (default: %(default)s)")
+    add("--out", type=Path, help="folder for the results (default: out/demo, or out/demo-METHOD)")
+    add("--evaluate", type=Path, metavar="FOLDER", help="do not train: print the held-out accuracy of a saved adapter")
     options = parser.parse_args(arguments)
-    for name in ("held_out", "rows", "max_length", "rank", "batch_size", "epochs"):
+    if options.out is None:
+        options.out = Path("out/demo" if options.method == "lora" else f"out/demo-{options.method}")
+    for name in ("held_out", "rows", "max_length", "rank", "bottleneck_size", "batch_size", "epochs"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, it is {getattr(options, name)}")
     if not 0 <= options.dropout < 1:
@@ -250,11 +272,12 @@ class Watch(ProgressCallback):
 
 
 def train(task: Task) -> dict[str, Result]:
-    """Train both models, taking turns; evaluate after each epoch; save, load and evaluate again."""
+    """Train the variants, taking turns; evaluate after each epoch; save, load and evaluate again."""
     options = task.options
-    results = {"stock": Result(), "patched": Result()}
+    results = {name: Result() for name in VARIANTS[options.method]}
     models = {name: task.build_model(patched=name == "patched") for name in results}
-    print(str(peft_fast.report(models["patched"])).partition("\n")[0])
+    if "patched" in models:
+        print(str(peft_fast.report(models["patched"])).partition("\n")[0])
     watches = {name: Watch(name) for name in results}
     trainers = {name: task.trainer(models[name], watches[name]) for name in results}
     for name, result in results.items():
@@ -275,14 +298,21 @@ def train(task: Task) -> dict[str, Result]:
         result.seconds_per_step = statistics.median(watches[name].seconds)
         folder = options.out / name
         models[name].save_pretrained(folder)
-        again = evaluate_saved(task, folder)
+        again = evaluate_in_new_process(folder)
         if again != result.accuracy:
             raise SystemExit(
-                f"The adapter saved in {folder} gives an accuracy of {again} in a stock model, "
+                f"The adapter saved in {folder} gives an accuracy of {again} in a new process, "
                 f"the model it was saved from {result.accuracy}."
             )
-        print(f"{name:7} saved in {folder}, loaded into a fresh stock model: accuracy {again:.3f}, the same")
+        print(f"{name:7} saved in {folder}, loaded into a fresh model in a new process: accuracy {again:.3f}, the same")
     return results
+
+
+def evaluate_in_new_process(folder: Path) -> float:
+    """Run this program again with the same settings, and --evaluate."""
+    command = [sys.executable, *sys.argv, "--evaluate", str(folder)]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return float(printed.split()[-1])
 
 
 def evaluate_saved(task: Task, folder: Path) -> float:
@@ -290,8 +320,10 @@ def evaluate_saved(task: Task, folder: Path) -> float:
     return task.trainer(model, Watch("saved")).evaluate()["eval_accuracy"]
 
 
-def compare_losses(task: Task, results: dict[str, Result]) -> float:
+def compare_losses(task: Task, results: dict[str, Result]) -> float | None:
     """The largest difference between the loss curves of two short runs without any dropout."""
+    if len(results) < 2:
+        return None
     for name, result in results.items():
         watch = Watch(f"{name:7} without dropout")
         trainer = task.trainer(
@@ -333,6 +365,9 @@ def main() -> None:
         task = Task(options)
     except AssetError as error:
         raise SystemExit(f"error: {error}") from None
+    if options.evaluate:
+        print(evaluate_saved(task, options.evaluate))
+        return
     options.out.mkdir(parents=True, exist_ok=True)
     print(
         f"{options.method} on {options.model or 'all-MiniLM-L6-v2'}: {len(task.train)} texts to train on, "
@@ -344,7 +379,7 @@ def main() -> None:
     write_summary(options.out / "summary.json", results, loss_max_diff, settings)
     draw_losses(options.out / "loss.png", results, loss_max_diff)
     print_table(results, loss_max_diff)
-    print(f"Written to {options.out}: summary.json, loss.png, and the two adapters.")
+    print(f"Written to {options.out}: summary.json, loss.png, and what was trained.")
 
 
 if __name__ == "__main__":

@@ -117,7 +117,19 @@ def _demo(*arguments: str) -> subprocess.CompletedProcess:
 def test_help_explains_every_option():
     run = _demo("--help")
     assert (run.returncode, run.stderr) == (0, "")
-    for option in ("model", "data", "method", "rank", "alpha", "dropout", "lr", "batch-size", "epochs"):
+    for option in (
+        "model",
+        "data",
+        "method",
+        "rank",
+        "alpha",
+        "style",
+        "bottleneck-size",
+        "dropout",
+        "lr",
+        "batch-size",
+        "epochs",
+    ):
         assert f"--{option} " in run.stdout
 
 
