@@ -1,5 +1,6 @@
 """The gradients of the bottleneck adapter's weights, each split over the rows; formulas in `bottleneck_adapter`."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from ._launch import Tile, chip, launch, needs_int64, rank_block
 from ._tl import cast, keep_mask, load_stats, load_tile, tile_ptrs
 from .bottleneck_rows import Norm, adapter_tile, coefficients, dense, h_tile, load_row, norm_grad, operand, times
-from .skinny import _chunks, _scaling_arguments, _sum_partials, factor_grad
+from .skinny import _chunks, _scaling_arguments, factor_grad
 
 
 def _up_grad_tile(dy: Tensor, weight: Tensor, R: int, norm_after: Norm | None) -> Tile:
@@ -45,6 +46,7 @@ def _up_grad_kernel(
     N,
     R,
     M_split,
+    stride_split,
     stride_dym,
     stride_rm,
     SPLIT: tl.constexpr,
@@ -59,7 +61,7 @@ def _up_grad_kernel(
 ):
     """dWu = scaling · gᵀ act(z), dbu = scaling · Σ g, LN_after's dw = Σ dy∘ĥ and db = Σ dy, over a split of the rows.
 
-    dwu (splits, N, R), dbu, dw and db (splits, N), for a block of N and of R.
+    dwu (N, R), dbu, dw and db (N,) of each split lie stride_split behind those of the last; for a block of N and of R.
     """
     N = N // X_UNIT * X_UNIT
     R = R // R_UNIT * R_UNIT
@@ -116,15 +118,47 @@ def _up_grad_kernel(
             dbu += tl.sum(g.to(DTYPE), 0)
 
     if dwu_ptr is not None:
-        dwu_ptr += split.to(tl.int64) * N * R
+        dwu_ptr += split.to(tl.int64) * stride_split
         mask = mask_n[:, None] & (offs_r < R)[None, :]
         tl.store(tile_ptrs(dwu_ptr, offs_n, offs_r, R, 1, R_UNIT, WIDE), dwu * coefficient, mask=mask)
     first = mask_n & (block_r == 0)
     if dbu_ptr is not None:
-        tl.store(dbu_ptr + split.to(tl.int64) * N + offs_n, dbu * coefficient, mask=first)
+        tl.store(dbu_ptr + split.to(tl.int64) * stride_split + offs_n, dbu * coefficient, mask=first)
     if dw_ptr is not None:
-        tl.store(dw_ptr + split.to(tl.int64) * N + offs_n, dw, mask=first)
-        tl.store(db_ptr + split.to(tl.int64) * N + offs_n, db, mask=first)
+        tl.store(dw_ptr + split.to(tl.int64) * stride_split + offs_n, dw, mask=first)
+        tl.store(db_ptr + split.to(tl.int64) * stride_split + offs_n, db, mask=first)
+
+
+@triton.jit
+def _sum_up_grads_kernel(
+    partials_ptr,
+    dwu_ptr,
+    dbu_ptr,
+    dw_ptr,
+    db_ptr,
+    splits,
+    size,
+    end_dwu,
+    end_dbu,
+    end_dw,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """The sums over splits, in order, of partials (splits, size), whose rows hold dwu, dbu, dw and db side by side."""
+    index = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), partials_ptr.dtype.element_ty)
+    for split in range(splits):
+        acc += tl.load(partials_ptr + tl.cast(split, tl.int64) * size + index, mask=index < size, other=0.0)
+    if dwu_ptr is not None:
+        tl.store(dwu_ptr + index, cast(acc, dwu_ptr.dtype.element_ty), mask=index < end_dwu)
+    if dbu_ptr is not None:
+        mask = (index >= end_dwu) & (index < end_dbu)
+        tl.store(dbu_ptr + index - end_dwu, cast(acc, dbu_ptr.dtype.element_ty), mask=mask)
+    if dw_ptr is not None:
+        mask = (index >= end_dbu) & (index < end_dw)
+        tl.store(dw_ptr + index - end_dbu, cast(acc, dw_ptr.dtype.element_ty), mask=mask)
+        mask = (index >= end_dw) & (index < size)
+        tl.store(db_ptr + index - end_dw, cast(acc, db_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -190,11 +224,12 @@ def up_grad(
     programs = triton.cdiv(N, tile.cols) * blocks_r
     splits, M_split = _chunks(M, tile.rows, programs)
 
-    def partials(name: str, *shape: int) -> Tensor | None:
-        return torch.empty((splits, *shape), dtype=act.dtype, device=dy.device) if name in needs else None
-
+    shapes = {"up_weight": (N, R), "up_bias": (N,), "norm_after": (N,)}
     names = ("up_weight", "up_bias", "norm_after", "norm_after")
-    partial = [partials(name, *((N, R) if name == "up_weight" else (N,))) for name in names]
+    outs = [torch.empty(shapes[name], dtype=dtype, device=dy.device) if name in needs else None for name in names]
+    ends = list(itertools.accumulate(0 if out is None else out.numel() for out in outs))
+    partials = torch.empty((splits, ends[-1]), dtype=act.dtype, device=dy.device)
+    starts = [0, *ends[:-1]]
     launch(
         _up_grad_kernel,
         (programs, splits),
@@ -205,7 +240,7 @@ def up_grad(
         act,
         stats_after,
         sums,
-        *partial,
+        *(None if out is None else partials[:, start:] for out, start in zip(outs, starts, strict=True)),
         *_scaling_arguments(scaling),
         seed,
         threshold,
@@ -213,13 +248,27 @@ def up_grad(
         N,
         R,
         M_split,
+        ends[-1],
         dy.stride(0),
         0 if residual is None else residual.stride(0),
         **(constants | {"BLOCK_M": tile.rows, "BLOCK_C": tile.cols, "BLOCK_R": block_r, "BLOCKS_R": blocks_r}),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    dwu, dbu, dw, db = (None if part is None else _sum_partials(part, dtype) for part in partial)
+    launch(
+        _sum_up_grads_kernel,
+        (triton.cdiv(ends[-1], 1024),),
+        partials,
+        *outs,
+        splits,
+        ends[-1],
+        *ends[:-1],
+        BLOCK=1024,
+        WIDE=ends[-1] >= 2**31,
+        num_warps=4,
+        num_stages=1,
+    )
+    dwu, dbu, dw, db = outs
     return {"up_weight": dwu, "up_bias": dbu, "norm_after": (dw, db)}
 
 

@@ -29,6 +29,7 @@ KERNELS = {
     "adapter_bwd_kernel": "products",
     "_up_grad_kernel": "products",
     "_factor_grad_kernel": "products",
+    "_sum_up_grads_kernel": "",
     "_down_grad_kernel": "",
     "_sum_partials_kernel": "",
 }
