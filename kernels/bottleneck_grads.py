@@ -16,10 +16,12 @@ from .skinny import _chunks, _scaling_arguments, factor_grad
 
 
 def _up_grad_tile(dy: Tensor, weight: Tensor, R: int, norm_after: Norm | None) -> Tile:
-    """As above; under LN_after the whole of Wu's tile, (cols, rank), stays in registers beside that of dWu."""
-    tile = adapter_tile(dy, weight, R, norm_after)
-    if chip(dy.device) == "interpreter" or norm_after is None or dy.element_size() > 2:
+    """As `adapter_tile`; under LN_after the whole of Wu's tile, (cols, rank), stays in registers beside that of dWu."""
+    tile, kind = adapter_tile(dy, weight, R, norm_after), chip(dy.device)
+    if kind == "interpreter" or dy.element_size() > 2:
         return tile
+    if norm_after is None:
+        return tile if kind == "sm90" else replace(tile, rows=32)
     rows = 64 if weight.dtype == dy.dtype else 32 if R <= 64 else 16
     return replace(tile, rows=rows, rank=min(tile.rank, 64))
 
