@@ -14,7 +14,7 @@ from peft_fast import eager, reference
 from peft_fast.ops import bottleneck_adapter
 from peft_fast.testing import BottleneckAdapterInputs, assert_within_budget, bottleneck_adapter_inputs
 
-BACKENDS = ["eager"]
+BACKENDS = ["eager", "triton"]
 ACTIVATIONS = list(reference.ACTIVATIONS)
 NORMS = {
     "plain": {},
@@ -79,39 +79,40 @@ DTYPES = [
 ]
 
 
+# The kernels' own tests have the whole grid.
+BUDGETS = [("eager", norms, p) for norms in NORMS for p in (0.0, 0.1, 0.5)]
+BUDGETS += [("triton", "plain", 0.1), ("triton", "both", 0.1)]
+
+
 # A smooth activation here: relu's derivative jumps where rounding moves z across zero, in eager too.
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1, 0.5], ids=lambda p: f"p{p}")
-@pytest.mark.parametrize("norms", NORMS)
+@pytest.mark.parametrize(("backend", "norms", "dropout_p"), BUDGETS)
 @pytest.mark.parametrize(("dtype", "factor_dtype"), DTYPES)
 def test_error_budget(backend, dtype, factor_dtype, norms, dropout_p):
     inputs = bottleneck_adapter_inputs(131, 160, 24, dtype=dtype, factor_dtype=factor_dtype, **NORMS[norms])
     assert_op_within_budget(backend, inputs, dropout_p=dropout_p, activation="gelu")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("residual", ["x", "other", None])
 @pytest.mark.parametrize("residual_after_norm", [False, True])
 @pytest.mark.parametrize("norms", NORMS)
 @pytest.mark.parametrize("learned", [False, True], ids=["number", "learned"])
-def test_every_arrangement(backend, residual, norms, residual_after_norm, learned):
+def test_every_arrangement(residual, norms, residual_after_norm, learned):
     for activation, bias, dropout_p in itertools.product(ACTIVATIONS, [False, True], [0.0, 0.3]):
         inputs = bottleneck_adapter_inputs(
             12, 24, 5, dtype=torch.float64, residual=residual, bias=bias, learned_scaling=learned, **NORMS[norms]
         )
         options = {"activation": activation, "residual_after_norm": residual_after_norm}
-        assert_op_within_budget(backend, inputs, dropout_p=dropout_p, **options)
+        assert_op_within_budget("eager", inputs, dropout_p=dropout_p, **options)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("R", [1, 8, 48, 64, 200, 300])
 @pytest.mark.parametrize("K", [64, 384, 768, 1000])
 @pytest.mark.parametrize("M", [0, 1, 17, 300])
-def test_sizes(backend, M, K, R):
+def test_sizes(M, K, R):
     norms = list(NORMS.values())[(M + K + R) % 4]
     # Of one number in the middle, eager's own error in one call is chance.
     calls = [bottleneck_adapter_inputs(M, K, R, seed=seed, **norms) for seed in range(8 if R == 1 else 1)]
-    assert_op_within_budget(backend, *calls, dropout_p=0.1, activation="silu")
+    assert_op_within_budget("eager", *calls, dropout_p=0.1, activation="silu")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -125,10 +126,9 @@ def test_several_dropout_blocks():
     assert_op_within_budget("eager", bottleneck_adapter_inputs(1500, 400, 8), dropout_p=0.3, activation="gelu_new")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 @pytest.mark.parametrize("norms", NORMS)
-def test_gradcheck(backend, norms, dropout_p):
+def test_gradcheck(norms, dropout_p):
     inputs = bottleneck_adapter_inputs(3, 5, 2, dtype=torch.float64, learned_scaling=True, **NORMS[norms])
     names, leaves = zip(*inputs.leaves().items(), strict=True)
 
@@ -140,7 +140,7 @@ def test_gradcheck(backend, norms, dropout_p):
         return bottleneck_adapter(residual=named["x"], **named, **options)
 
     leaves = [leaf.requires_grad_() for leaf in leaves]
-    with peft_fast.backend(backend):
+    with peft_fast.backend("eager"):
         assert torch.autograd.gradcheck(op, leaves)
         assert torch.autograd.gradgradcheck(op, leaves)
 
@@ -199,14 +199,14 @@ def test_each_gradient_alone(backend, residual):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("dtype", "factor_dtype"), DTYPES[1:])
+@pytest.mark.parametrize(("dtype", "factor_dtype"), [DTYPES[1], DTYPES[4]])
 @pytest.mark.parametrize("norms", NORMS)
 def test_saved_for_backward(backend, dtype, factor_dtype, norms):
     """x itself, z, mean and rstd of a row before each norm, the parameters and the seed: no mask, and never y.
 
     The eager form also keeps what enters the second norm, where making it again would cost a matmul.
     """
-    M, K, R = 2048, 64, 8
+    M, K, R = 512, 64, 8
     inputs = bottleneck_adapter_inputs(M, K, R, dtype=dtype, factor_dtype=factor_dtype, **NORMS[norms])
     leaves = [leaf.requires_grad_() for leaf in inputs.leaves().values()]
     known, saved = {leaf.data_ptr() for leaf in leaves}, []
@@ -214,7 +214,7 @@ def test_saved_for_backward(backend, dtype, factor_dtype, norms):
         peft_fast.backend(backend),
         torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor),
     ):
-        bottleneck_adapter(inputs.x, residual=inputs.x, **inputs.parameters, dropout_p=0.1)
+        bottleneck_adapter(inputs.x, residual=inputs.x, **inputs.parameters, dropout_p=0.1, seed=torch.tensor([SEED]))
     others = sum(tensor.nbytes for tensor in saved if tensor.data_ptr() not in known)
     second = 4 * M * K if backend == "eager" and "norm_after" in NORMS[norms] else 0
     assert others == 8 + 4 * M * R + 4 * 2 * M * len(NORMS[norms]) + second
