@@ -349,8 +349,29 @@ def schema_arguments():
 
 
 def test_opcheck():
+    ops = torch.ops.peft_fast
     tensors, options = schema_arguments()
-    torch.library.opcheck(torch.ops.peft_fast.bottleneck_adapter.default, (*tensors, *options, "eager"))
+    torch.library.opcheck(ops.bottleneck_adapter.default, (*tensors, *options, "eager"))
+    tensors = [tensor if tensor is None else tensor.detach() for tensor in tensors]
+    torch.library.opcheck(ops.bottleneck_adapter_fwd.default, (*tensors, *options))
+    _, *saved = ops.bottleneck_adapter_fwd(*tensors, *options)
+    needs = ["x", "down_weight", "up_bias", "norm_before_weight", "norm_after_bias"]
+    torch.library.opcheck(ops.bottleneck_adapter_bwd.default, (torch.randn(8, 16), *tensors, *options, *saved, needs))
+
+
+def test_traced_triton_returns_no_argument():
+    inputs = bottleneck_adapter_inputs(8, 16, 4, residual="other")
+    leaves = [leaf.requires_grad_() for leaf in inputs.leaves().values()]
+
+    def step(*leaves):
+        y = bottleneck_adapter(inputs.x, residual=inputs.residual, **inputs.parameters)
+        return torch.autograd.grad(y, leaves, inputs.dy)
+
+    with peft_fast.backend("triton"):
+        graph = make_fx(step)(*leaves)
+    assert any("bottleneck_adapter_bwd" in str(node.target) for node in graph.graph.nodes)
+    for traced, direct in zip(graph(*leaves), step(*leaves), strict=True):
+        assert torch.allclose(traced, direct, rtol=1e-4, atol=1e-5)
 
 
 def test_fake_tensors():

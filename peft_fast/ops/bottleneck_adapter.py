@@ -208,7 +208,8 @@ def _bwd(dy, *args):
     n, m = len(INPUTS), len(INPUTS) + len(Options._fields)
     *saved, needs = args[m:]
     grads = _launch_bwd(dy, args[:n], Options(*args[n:m]), saved, set(needs), "split")
-    return [grads[name] for name in needs]
+    # The residual's gradient may be dy itself, and an op may not return its argument.
+    return [grads[name].clone() if grads[name] is dy else grads[name] for name in needs]
 
 
 @torch.library.register_fake("peft_fast::bottleneck_adapter_fwd", lib=LIBRARY)
