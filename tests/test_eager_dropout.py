@@ -61,9 +61,9 @@ def test_seeds_give_independent_masks(p, other):
 
 
 @RATES
-@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 7), (1000, 384), (5, 300_000)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 7), (2000, 384), (5, 600_000)], ids=str)
 def test_blocks_are_the_mask(p, shape):
-    # (1000, 384) spans two blocks, and each row of (5, 300000) is one.
+    # (2000, 384) spans two blocks, and each row of (5, 600000) is one.
     seed, threshold = torch.tensor([11]), reference.drop_threshold(p)
     mask = eager.dropout_mask(seed, shape, threshold)
     x = torch.randn(shape[::-1]).t()

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 # One block of fp32 activations stays in the cache while it is masked and multiplied. It is small enough, too, for a
-# 32-bit word times its size to pick an element with equal probability, to 2^-14 of that probability.
-BLOCK_ELEMENTS = 1 << 18
+# 32-bit word times its size to pick an element with equal probability, to 2^-13 of that probability.
+BLOCK_ELEMENTS = 1 << 19
 BYTES_FROM = 1 << 13  # of 2^16, an eighth: bytes, of a fixed cost, then cost less than points
 
 _thread = threading.local()
