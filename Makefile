@@ -19,7 +19,7 @@ demo: install assets  ## fine-tune a real model on real data (METHOD=lora or ada
 	@$(BIN)/python examples/sentiment.py --method $(METHOD) $(ARGS)
 
 test: lint  ## lint and the whole test suite
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --benchmark-disable
 
 lint: install  ## ruff, its formatter, mypy
 	$(BIN)/ruff check .
