@@ -134,3 +134,37 @@ def test_bottleneck_adapter_drops_in_training_alone():
 def test_bottleneck_adapter_rejects_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         BottleneckAdapter(24, **arguments)
+
+
+class Usual(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm_before = nn.LayerNorm(384) if norm == "before" else nn.Identity()
+        self.norm_after = nn.LayerNorm(384) if norm == "after" else nn.Identity()
+        self.term = nn.Sequential(nn.Linear(384, 24), nn.ReLU(), nn.Linear(24, 384))
+
+    def forward(self, x):
+        return self.norm_after(x + self.term(self.norm_before(x)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("norm", ["none", "before", "after"])
+def test_compiled_without_dropout_is_the_graph_of_the_usual_modules(norm):
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    ours = BottleneckAdapter(384, 24, norm_before=norm == "before", norm_after=norm == "after")
+    graphs = []
+    for layer in (Usual(norm), ours):
+        calls = []
+
+        def record(graph, _, calls=calls):
+            calls += [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+            return make_boxed_func(graph.forward)
+
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, backend=aot_autograd(fw_compiler=record, bw_compiler=record), fullgraph=True)
+        compiled(torch.randn(512, 384, requires_grad=True)).sum().backward()
+        graphs.append(calls)
+    assert graphs[0] == graphs[1]
+    assert len(graphs[0]) > 15
