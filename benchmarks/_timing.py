@@ -4,6 +4,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,12 +42,20 @@ class Turns:
         return {name: 1e3 * statistics.median(values) for name, values in self.seconds.items()}
 
 
-def parse_arguments(doc: str | None) -> argparse.Namespace:
+def main(doc: str | None, measure: Callable[[float], list[dict]], missed_bars: Callable[[dict], list[str]]) -> None:
+    """The command of a benchmark: `measure` prints and returns its rows, `missed_bars` says what a row misses."""
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="exit 1 where a bar is not met; wants an idle machine")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long to measure a row (default 5)")
     parser.add_argument("--json", type=Path, help="write the rows, with device and versions, to this file")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    rows = measure(arguments.seconds)
+    if arguments.json:
+        write_rows(arguments.json, rows)
+    if arguments.check:
+        missed = [line for row in rows for line in missed_bars(row)]
+        print("\n".join(missed) or "every bar is met")
+        sys.exit(bool(missed))
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:

@@ -10,14 +10,13 @@ backward, the input counted and the parameters not.
 
 import copy
 import itertools
-import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks._timing import NEVER_SLOWER, Turns, parse_arguments, write_rows
+from benchmarks._timing import NEVER_SLOWER, Turns, main
 from peft_fast.layers import BottleneckAdapter
 
 SHAPES = [(2048, 768, 48), (2048, 768, 256), (2048, 384, 24), (512, 2048, 64)]  # (M, K, R)
@@ -132,17 +131,6 @@ def measure(seconds: float) -> list[dict]:
     return rows
 
 
-def main() -> None:
-    arguments = parse_arguments(__doc__)
-    rows = measure(arguments.seconds)
-    if arguments.json:
-        write_rows(arguments.json, rows)
-    missed = [line for row in rows for line in missed_bars(row)]
-    if arguments.check:
-        print("\n".join(missed) or "every bar is met")
-        sys.exit(bool(missed))
-
-
 @pytest.mark.parametrize(("shape", "dropout_p", "norm"), ROWS, ids=lambda value: str(value).replace(", ", "x"))
 def test_bottleneck_adapter(benchmark, shape, dropout_p, norm):
     variants = steps(*shape, dropout_p, norm)
@@ -153,4 +141,4 @@ def test_bottleneck_adapter(benchmark, shape, dropout_p, norm):
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, measure, missed_bars)

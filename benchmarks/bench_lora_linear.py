@@ -8,7 +8,6 @@ The variants of one row take turns, round by round, so that a drift of the machi
 """
 
 import copy
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -17,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import peft_fast
-from benchmarks._timing import NEVER_SLOWER, Turns, parse_arguments, write_rows
+from benchmarks._timing import NEVER_SLOWER, Turns, main
 
 SHAPES = [  # (M, K, N, R)
     (2048, 768, 768, 8),
@@ -99,17 +98,6 @@ def measure(seconds: float) -> list[dict]:
     return rows
 
 
-def main() -> None:
-    arguments = parse_arguments(__doc__)
-    rows = measure(arguments.seconds)
-    if arguments.json:
-        write_rows(arguments.json, rows)
-    missed = [line for row in rows for line in missed_bars(row)]
-    if arguments.check:
-        print("\n".join(missed) or "every bar is met")
-        sys.exit(bool(missed))
-
-
 @pytest.mark.parametrize("dropout_p", DROPOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 def test_lora_linear(benchmark, shape, dropout_p):
@@ -121,4 +109,4 @@ def test_lora_linear(benchmark, shape, dropout_p):
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, measure, missed_bars)

@@ -154,11 +154,7 @@ class BottleneckAdapter(nn.Module):
         self.scaling = nn.Parameter(torch.ones(1, **options)) if isinstance(scaling, str) else scaling
         self.norm_before = nn.LayerNorm(in_features, **options) if norm_before else None
         self.norm_after = nn.LayerNorm(out_features, **options) if norm_after else None
-        if init == "houlsby":
-            for weight in (self.down_weight, self.up_weight):
-                nn.init.trunc_normal_(weight, std=0.01, a=-0.02, b=0.02)
-        else:
-            nn.init.kaiming_uniform_(self.down_weight, a=math.sqrt(5))
+        init_adapter(self.down_weight, self.up_weight, init)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return bottleneck_adapter(
@@ -180,6 +176,16 @@ class BottleneckAdapter(nn.Module):
         (R, K), N = self.down_weight.shape, self.up_weight.shape[0]
         scaling = self.scaling if isinstance(self.scaling, (int, float)) else "learned"
         return f"{K} -> {R} -> {N}, activation={self.activation}, scaling={scaling}, dropout={self.dropout}"
+
+
+def init_adapter(down_weight: Tensor, up_weight: Tensor, init: str) -> None:
+    """Fill the weights of a bottleneck adapter, as `BottleneckAdapter` says of `init`."""
+    if init == "houlsby":
+        for weight in (down_weight, up_weight):
+            nn.init.trunc_normal_(weight, std=0.01, a=-0.02, b=0.02)
+    else:
+        nn.init.kaiming_uniform_(down_weight, a=math.sqrt(5))
+        nn.init.zeros_(up_weight)
 
 
 def _parameters(norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor] | None:

@@ -8,8 +8,8 @@
     dWu = scaling / (1-p) · dtᵀ act(z)   dbu = scaling / (1-p) · Σ_M dt   dWd = dzᵀ LN_before(x)   dbd = Σ_M dz
 
 Kept from forward are x, z, the rows' statistics, and v where there is a LN_after: made again, it would cost a matmul.
-What else has x's size is made in blocks of rows that stay in the cache, and again in backward. Without dropout, norms
-and casts there is no such tensor: the residual is where the matmul accumulates, and all rows are one block.
+What else has x's size is made in blocks of rows that stay in the cache, and again in backward. Without dropout,
+LN_before and casts there is no such tensor: the residual is where the matmul accumulates, all rows are one block.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -23,7 +23,7 @@ from peft.utils import PeftType
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_fast.layers import ADAPTER_INITS
+from peft_fast.layers import ADAPTER_INITS, init_adapter
 from peft_fast.methods.bottleneck_targets import default_targets
 from peft_fast.ops import bottleneck_adapter
 from peft_fast.reference import ACTIVATIONS
@@ -187,11 +187,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         K = _width(base if source is None else source, 0, model_config) if config.style == "parallel" else N
         R = config.bottleneck_size or max(1, int(K // config.reduction_factor))
         down, up = nn.Linear(K, R), nn.Linear(R, N)
-        if config.init == "houlsby":
-            for weight in down.weight, up.weight:
-                nn.init.trunc_normal_(weight, std=0.01, a=-0.02, b=0.02)
-        else:
-            nn.init.zeros_(up.weight)
+        init_adapter(down.weight, up.weight, config.init)
         nn.init.zeros_(down.bias)
         nn.init.zeros_(up.bias)
         self.bottleneck_down[adapter_name], self.bottleneck_up[adapter_name] = down, up

@@ -14,9 +14,9 @@ def kernels(name: str) -> Any:
     return importlib.import_module(f"peft_fast.kernels.{name}")
 
 
-def resolve(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Kernels read storage as it is, so a pending minus sign is carried out first."""
-    return [tensor if tensor is None else tensor.resolve_neg() for tensor in tensors]
+def resolve(*arguments: Any) -> list[Any]:
+    """Kernels read storage as it is, so a pending minus sign of a tensor is carried out first."""
+    return [argument.resolve_neg() if isinstance(argument, Tensor) else argument for argument in arguments]
 
 
 def as_tensor(scaling: float | Tensor, like: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from peft_fast import eager, reference, support
 from peft_fast.ops import _shared
-from peft_fast.ops._shared import LIBRARY, as_tensor
+from peft_fast.ops._shared import LIBRARY, as_tensor, resolve
 
 Norm = tuple[Tensor, Tensor]
 _NO_NORM = (None, None)
@@ -145,7 +145,7 @@ def _launch_fwd(tensors: Any, options: Options, plan: str, traced: bool = False)
         args, keywords = _arguments(tensors, options)
         args += [options.threshold, options.seed]
         return eager.adapter_fwd(*args, **keywords, traced=plan if traced else "")
-    args, keywords = _arguments(_resolved(tensors), options)
+    args, keywords = _arguments(resolve(*tensors), options)
     return _shared.kernels("bottleneck_adapter").adapter_fwd(*args, options.threshold, options.seed, **keywords)
 
 
@@ -166,7 +166,7 @@ def _launch_bwd(
             _, *saved = eager.adapter_fwd(*args, **keywords)
         grads = eager.adapter_bwd(dy, saved, *args, **keywords, needs=pairs)
     else:
-        dy, *tensors = _resolved((dy, *tensors))
+        dy, *tensors = resolve(dy, *tensors)
         args, keywords = _arguments(tensors, options)
         del keywords["eps"]
         args += [*saved, options.threshold, options.seed]
@@ -175,11 +175,6 @@ def _launch_bwd(
         if name in grads:
             grads[f"{name}_weight"], grads[f"{name}_bias"] = grads.pop(name)
     return {name: grads[name] for name in needs}
-
-
-def _resolved(tensors: Any) -> list[Any]:
-    """Kernels read storage as it is, so a pending minus sign is carried out first."""
-    return [tensor.resolve_neg() if isinstance(tensor, Tensor) else tensor for tensor in tensors]
 
 
 def _with_scaling(tensors: Any) -> list[Any]:
@@ -381,7 +376,7 @@ def bottleneck_adapter(
     NotImplementedError where an explicit `backend` cannot serve.
     """
     parameters = [down_weight, down_bias, up_weight, up_bias, *(norm_before or _NO_NORM), *(norm_after or _NO_NORM)]
-    if seed is None and _is_usual_call(x, residual, parameters, scaling, activation, dropout_p):
+    if seed is None and _is_usual_call(x, residual, parameters, scaling, activation, dropout_p, eps):
         keep_mask = None
         if dropout_p:
             keep_mask = x.new_empty(*x.shape[:-1], up_weight.shape[0]).bernoulli_(1 - dropout_p)
@@ -409,7 +404,7 @@ def bottleneck_adapter(
 
 
 def _is_usual_call(
-    x: Tensor, residual: Any, parameters: list[Any], scaling: Any, activation: str, dropout_p: float
+    x: Tensor, residual: Any, parameters: list[Any], scaling: Any, activation: str, dropout_p: float, eps: float
 ) -> bool:
     """Whether all fits and the usual torch calls are as fast as they get: a small x on the CPU, where each microsecond
     counts, or a compiler that fuses what there is to fuse."""
@@ -419,18 +414,19 @@ def _is_usual_call(
     down_weight, _, up_weight, *_ = parameters
     if torch._C._is_any_autocast_enabled() or support.current_backend(down_weight) != "auto":
         return False
-    dtype, shape, (R, K), (N, width) = x.dtype, x.shape, down_weight.shape, up_weight.shape
-    if not (dtype.is_floating_point and shape and shape[-1] == K and width == R > 0):
+    dtype, shape = x.dtype, x.shape
+    if dtype not in support.FLOATING or not shape or down_weight.dim() != 2 or up_weight.dim() != 2:
         return False
+    (R, K), N = down_weight.shape, up_weight.shape[0]
     if (isinstance(scaling, Tensor) and scaling.numel() != 1) or not isinstance(scaling, (float, int, Tensor)):
         return False
     of_x = residual is None or (residual is x and N == K)
-    if not of_x and (residual.dtype is not dtype or residual.shape != (*shape[:-1], N)):
+    if shape[-1] != K or R == 0 or not (of_x or (residual.dtype is dtype and residual.shape == (*shape[:-1], N))):
         return False
-    for tensor, length in zip(parameters, (R, R, N, N, K, K, N, N), strict=True):
-        if tensor is not None and (tensor.dtype is not dtype or tensor.shape[0] != length or not tensor.is_cpu):
+    for tensor, expected in zip(parameters, ((R, K), (R,), (N, R), (N,), (K,), (K,), (N,), (N,)), strict=True):
+        if tensor is not None and (tensor.dtype is not dtype or tensor.shape != expected or not tensor.is_cpu):
             return False
-    return activation in reference.ACTIVATIONS and 0.0 <= dropout_p < 1.0
+    return activation in reference.ACTIVATIONS and 0.0 <= dropout_p < 1.0 and eps >= 0
 
 
 def _apply(x, residual, parameters, scaling, activation, dropout_p, seed, residual_after_norm, eps):
