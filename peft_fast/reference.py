@@ -6,6 +6,7 @@ stock peft makes them. Where an op takes a seed, its reference takes the `keep_m
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -94,3 +95,60 @@ def bottleneck_adapter(
     if residual is not None and residual_after_norm:
         h = residual + h
     return h.to(x.dtype)
+
+
+def prefix_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    gate: Tensor | None = None,
+    dropout_p: float = 0.0,
+    keep_mask: Tensor | None = None,
+) -> Tensor:
+    """y = drop(softmax(scale · q [Kp; K]ᵀ + mask)) [Vp; V], attention over a prefix (Li & Liang 2021, section 4.3).
+
+    Shapes: query and y (Z, H, S, DH), key and value (Z, H_KV, T, DH), prefix_key and prefix_value (H_KV, P, DH), the
+    same for every sequence of the batch, keep_mask (Z, H, S, P + T) with the prefix first. Every query sees all of the
+    prefix; `attn_mask` (bool, True = may attend, or additive), `is_causal` (key j is seen by query i where
+    j <= i + T - S) and `sliding_window` (and j > i + T - S - sliding_window) concern the sequence alone. With
+    `softcap` c, logits are c · tanh(logits / c). With `gate` (H,), prefix and sequence have a softmax each and the
+    prefix's is multiplied by the gate (Zhang et al. 2023, equation 4). Computed in query's dtype, the softmax of 16-bit
+    inputs in float32.
+    """
+    (Z, H, S, DH), (_, H_KV, T, _), P = query.shape, key.shape, prefix_key.shape[1]
+
+    def with_prefix(prefix: Tensor, own: Tensor) -> Tensor:
+        joint = torch.cat([prefix.to(own.dtype).expand(Z, -1, -1, -1), own], dim=2)
+        return joint.repeat_interleave(H // H_KV, dim=1)
+
+    logits = (query @ with_prefix(prefix_key, key).mT) * (DH**-0.5 if scale is None else scale)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    prefix, own = logits[..., :P], logits[..., P:]
+    distance = torch.arange(S, device=query.device)[:, None] + (T - S) - torch.arange(T, device=query.device)
+    if is_causal:
+        own = own.masked_fill(distance < 0, -torch.inf)
+    if sliding_window is not None:
+        own = own.masked_fill(distance >= sliding_window, -torch.inf)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        own = own.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        own = own + attn_mask.to(own.dtype)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    if gate is None:
+        weights = torch.cat([prefix, own], dim=-1).softmax(-1, dtype=wide)
+    else:
+        own_weights = own.softmax(-1, dtype=wide).masked_fill((own == -torch.inf).all(-1, keepdim=True), 0)
+        weights = torch.cat([prefix.softmax(-1, dtype=wide) * gate.to(wide)[:, None, None], own_weights], dim=-1)
+    weights = weights.to(query.dtype)
+    if keep_mask is not None:
+        weights = weights * keep_mask.to(weights.dtype) * keep_scale(drop_threshold(dropout_p))
+    return weights @ with_prefix(prefix_value, value)

@@ -171,3 +171,66 @@ def bottleneck_adapter_inputs(
     parameters["scaling"] = normal(1, std=0.1, mean=0.7) if learned_scaling else 0.7
     other = normal(M, N, dtype=dtype) if residual == "other" else None
     return BottleneckAdapterInputs(x, x if residual == "x" else other, parameters, normal(M, N, dtype=dtype))
+
+
+@dataclass
+class PrefixAttentionInputs:
+    """Tensors for one call of `prefix_attention` and the gradient `dy` that flows into it."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    prefix_key: Tensor
+    prefix_value: Tensor
+    gate: Tensor | None
+    dy: Tensor
+
+    def to(self, dtype: torch.dtype) -> "PrefixAttentionInputs":
+        """The same values in another dtype, detached."""
+        return PrefixAttentionInputs(**{name: _to(tensor, dtype) for name, tensor in vars(self).items()})
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Every tensor of the call but `dy`, by the name of the op's argument."""
+        return {name: tensor for name, tensor in vars(self).items() if name != "dy" and tensor is not None}
+
+
+def prefix_attention_inputs(
+    Z: int,
+    H: int,
+    H_KV: int,
+    S: int,
+    T: int,
+    P: int,
+    DH: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    prefix_dtype: torch.dtype | None = None,
+    gate: bool = False,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> PrefixAttentionInputs:
+    """Random inputs whose prefix gets about half of the attention, so that neither segment hides the other.
+
+    query and dy (Z, H, S, DH), key and value (Z, H_KV, T, DH), all views of (Z, S, H, DH) memory as models make them,
+    have `dtype`; prefix_key and prefix_value (H_KV, P, DH) and gate (H,) have `prefix_dtype`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    prefix_dtype = prefix_dtype or dtype
+
+    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
+
+    query, key, value = normal(Z, S, H, DH), normal(Z, T, H_KV, DH), normal(Z, T, H_KV, DH)
+    prefix_key, prefix_value = normal(H_KV, P, DH, dtype=prefix_dtype), normal(H_KV, P, DH, dtype=prefix_dtype)
+    # The first feature is the same for all queries: through it the prefix's logits are log(T / P) higher on average.
+    query[..., 0], key[..., 0] = 1, 0
+    prefix_key[..., 0] = math.log(max(T, 1) / P) * DH**0.5
+    return PrefixAttentionInputs(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        prefix_key,
+        prefix_value,
+        normal(H, dtype=prefix_dtype) if gate else None,
+        normal(Z, S, H, DH).transpose(1, 2),
+    )

@@ -19,7 +19,7 @@ def test_public_names():
         "unpatch",
     ]
     assert all(hasattr(peft_fast, name) for name in peft_fast.__all__)
-    assert peft_fast.ops.__all__ == ["bottleneck_adapter", "lora_linear"]
+    assert peft_fast.ops.__all__ == ["bottleneck_adapter", "lora_linear", "prefix_attention"]
     assert callable(peft_fast.patch)
 
 
