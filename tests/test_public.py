@@ -10,6 +10,7 @@ def test_public_names():
     assert sorted(peft_fast.__all__) == [
         "BottleneckConfig",
         "PatchReport",
+        "PrefixConfig",
         "backend",
         "layers",
         "ops",

@@ -3,7 +3,19 @@
 from peft_fast.methods._register import register_method
 from peft_fast.methods.bottleneck import BottleneckConfig, BottleneckLayer, BottleneckModel
 from peft_fast.methods.bottleneck_import import load_adapters_checkpoint
+from peft_fast.methods.prefix import PrefixConfig, PrefixLayer, PrefixModel
+from peft_fast.methods.prefix_interface import register
 
-__all__ = ["BottleneckConfig", "BottleneckLayer", "BottleneckModel", "load_adapters_checkpoint"]
+__all__ = [
+    "BottleneckConfig",
+    "BottleneckLayer",
+    "BottleneckModel",
+    "PrefixConfig",
+    "PrefixLayer",
+    "PrefixModel",
+    "load_adapters_checkpoint",
+]
 
 register_method("bottleneck", BottleneckConfig, BottleneckModel)
+register_method("prefix", PrefixConfig, PrefixModel)
+register()

@@ -1,0 +1,160 @@
+"""Prefixes in front of the attention of transformers' models, through transformers' attention interface.
+
+An attention module looks its function up by the name in its config. Here one function is registered for each of
+transformers' own "eager" and "sdpa", with the same masks: a module with an active prefix gets `prefix_attention`, every
+other call goes to the function that the name stands for. No module is replaced and no cache is touched, so that
+positions, masks and lengths stay those of the base model.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from peft_fast.ops import prefix_attention
+
+# The name of the prefix among an attention module's children.
+CHILD = "attn_prefix"
+NAMES = {"eager": "peft_fast_prefix_eager", "sdpa": "peft_fast_prefix_sdpa"}
+_eager_functions: dict[type, Callable] = {}
+
+
+def dispatches(module: nn.Module) -> bool:
+    """Whether a module looks its attention function up in transformers' interface."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def switch_on(model: nn.Module) -> list[tuple[Any, str | None]]:
+    """Let every attention module of the model ask for a function of this file; return the configs that changed.
+
+    What is neither "eager" nor "sdpa" becomes "sdpa".
+    """
+    changed = []
+    for config in _configs(model):
+        before = config._attn_implementation
+        if before not in NAMES.values():
+            # The public setter would also change the configs of the model's other parts.
+            config._attn_implementation_internal = NAMES["eager" if before == "eager" else "sdpa"]
+            changed.append((config, before))
+    return changed
+
+
+def switch_off(changed: list[tuple[Any, str | None]]) -> None:
+    for config, before in changed:
+        config._attn_implementation_internal = before
+
+
+def _configs(model: nn.Module) -> Iterator[Any]:
+    """Those that attention modules read, and those from which their models make masks, each once."""
+    seen = set()
+    for module in model.modules():
+        if (isinstance(module, PreTrainedModel) or dispatches(module)) and id(module.config) not in seen:
+            seen.add(id(module.config))
+            yield module.config
+
+
+def _attention(
+    implementation: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention function: query (Z, H, S, DH), key and value (Z, H_KV, T, DH) to y (Z, S, H, DH)."""
+    layer: Any = getattr(module, CHILD, None)
+    if layer is not None and layer.recorded is not None:
+        layer.recorded.append((key, value))
+    prefix = None if layer is None else layer.prefix()
+    if prefix is None:
+        stock = _eager_function(type(module)) if implementation == "eager" else AttentionInterface()["sdpa"]
+        return stock(module, query, key, value, attention_mask, **kwargs)
+    y = _with_prefix(implementation, module, prefix, query, key, value, attention_mask, **kwargs)
+    return y.transpose(1, 2).contiguous(), None
+
+
+def _with_prefix(
+    implementation: str,
+    module: nn.Module,
+    prefix: tuple[Tensor, Tensor, Tensor | None],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    for name, what in ("s_aux", "attention sinks"), ("cache", "a paged cache"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"prefixes do not support {what}, which {type(module).__name__} uses")
+    if key.shape[-1] != value.shape[-1]:
+        raise ValueError(
+            f"prefixes need keys and values of one size, {type(module).__name__} has {key.shape[-1]} and "
+            f"{value.shape[-1]}"
+        )
+    device = query.device.type
+    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    S, T = query.shape[2], key.shape[2]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    # Eager functions hide nothing that the mask does not hide. Without a mask, sdpa's query i sees keys 0 to i: the
+    # keys from S on are the empty rest of a static cache.
+    causal = implementation == "sdpa" and S > 1 and mask is None and causal
+    if causal and T > S:
+        key, value = key[:, :, :S], value[:, :, :S]
+        position_bias = None if position_bias is None else position_bias[..., :S]
+    elif causal and T < S:
+        mask, causal = torch.ones(S, T, dtype=torch.bool, device=query.device).tril(), False
+    if position_bias is not None:
+        if mask is None:
+            mask = position_bias
+        elif mask.dtype == torch.bool:
+            mask = position_bias.masked_fill(~mask, -torch.inf)
+        else:
+            mask = position_bias + mask
+    prefix_key, prefix_value, gate = prefix
+    return prefix_attention(
+        query,
+        key,
+        value,
+        _fit(prefix_key, query.dtype),
+        _fit(prefix_value, query.dtype),
+        attn_mask=mask,
+        is_causal=causal,
+        scale=scaling,
+        softcap=softcap,
+        gate=None if gate is None else _fit(gate, query.dtype),
+        dropout_p=dropout,
+    )
+
+
+def _fit(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """As the op takes it: in the activations' dtype, or in float32 beside 16 bits."""
+    beside = parameter.dtype == torch.float32 and dtype in (torch.float16, torch.bfloat16)
+    return parameter if beside else parameter.to(dtype)
+
+
+def _eager_function(kind: type) -> Callable:
+    """The one that the modeling file of a class of attention modules falls back on."""
+    if kind not in _eager_functions:
+        _eager_functions[kind] = inspect.unwrap(kind.forward).__globals__["eager_attention_forward"]  # type: ignore
+    return _eager_functions[kind]
+
+
+def register() -> None:
+    """Add this file's functions to transformers' tables. Doing it again changes nothing."""
+    masks = AttentionMaskInterface()
+    for implementation, name in NAMES.items():
+        AttentionInterface.register(name, partial(_attention, implementation))
+        AttentionMaskInterface.register(name, masks[implementation])
