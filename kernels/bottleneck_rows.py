@@ -190,7 +190,8 @@ def adapter_fwd_kernel(
         for col in range(0, K, BLOCK_C):
             x = load_tile(x_ptr, offs_m, col + tl.arange(0, BLOCK_C), M, K, stride_xm, 1, X_UNIT, WIDE)
             mean, rstd = _merge_stats(mean, rstd, x.to(DTYPE), col, K, BLOCK_C)
-        rstd = tl.rsqrt(rstd / K + tl.full((), eps, DTYPE))
+        # Of no columns 0 / 1, never 0 / 0.
+        rstd = tl.rsqrt(rstd / max(K, 1) + tl.full((), eps, DTYPE))
         tl.store(stats_before_ptr + offs_m, mean, mask=mask_m)
         tl.store(stats_before_ptr + M + offs_m, rstd, mask=mask_m)
 
@@ -227,7 +228,7 @@ def adapter_fwd_kernel(
         for col in range(0, N, BLOCK_C):
             h = h_tile(a, scale, row, col, sizes, pointers, coefficient, threshold, stride_rm, CONFIG)
             mean, rstd = _merge_stats(mean, rstd, h, col, N, BLOCK_C)
-        rstd = tl.rsqrt(rstd / N + tl.full((), eps, DTYPE))
+        rstd = tl.rsqrt(rstd / max(N, 1) + tl.full((), eps, DTYPE))
         tl.store(stats_after_ptr + offs_m, mean, mask=mask_m)
         tl.store(stats_after_ptr + M + offs_m, rstd, mask=mask_m)
     for col in range(0, N, BLOCK_C):
@@ -372,8 +373,8 @@ def adapter_bwd_kernel(
             dy *= load_row(after_w_ptr, offs_n, N, DTYPE)
             sum_dy += tl.sum(dy, 1)
             sum_dy_hat += tl.sum(dy * hat, 1)
-        sum_dy /= N
-        sum_dy_hat /= N
+        sum_dy /= max(N, 1)
+        sum_dy_hat /= max(N, 1)
         if sums_ptr is not None:
             tl.store(sums_ptr + offs_m, sum_dy, mask=mask_m)
             tl.store(sums_ptr + M + offs_m, sum_dy_hat, mask=mask_m)
@@ -432,8 +433,8 @@ def adapter_bwd_kernel(
                 x = load_tile(x_ptr, offs_m, offs_k, M, K, stride_xm, 1, X_UNIT, WIDE).to(DTYPE)
                 sum_dx += tl.sum(dxn, 1)
                 sum_dx_hat += tl.sum(dxn * (x - x_mean[:, None]) * x_rstd[:, None], 1)
-            sum_dx /= K
-            sum_dx_hat /= K
+            sum_dx /= max(K, 1)
+            sum_dx_hat /= max(K, 1)
         for col in range(0, K, BLOCK_C):
             offs_k = col + tl.arange(0, BLOCK_C)
             dx = _dxn_tile(dz, dz_scale, row, col, M, K, R, dz_ptr, wd_ptr, CONFIG)

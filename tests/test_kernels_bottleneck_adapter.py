@@ -202,7 +202,7 @@ def test_activations(activation, dtypes, device):
 
 
 # Nothing, one row, a tail, many blocks of rows; bottlenecks of one, between powers of two, of several blocks; widths of
-# 1, off every alignment, of real models, and not the same on both sides.
+# 0, 1, off every alignment, of real models, and not the same on both sides.
 @pytest.mark.parametrize(
     ("M", "K", "N", "R", "norms", "residual", "biases"),
     [
@@ -214,6 +214,9 @@ def test_activations(activation, dtypes, device):
         (17, 33, 17, 300, "after", "none", False),
         (5, 1, 131, 3, "plain", "none", True),
         (5, 7, 1, 64, "plain", "other", True),
+        (5, 0, 7, 3, "both", "other", True),
+        (5, 7, 0, 3, "both", "other", True),
+        (5, 0, 0, 3, "both-inside", "x", True),
     ],
     ids=str,
 )

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
@@ -120,6 +121,30 @@ def test_another_width_out(backend):
     for residual in ("other", None):
         inputs = bottleneck_adapter_inputs(40, 24, 6, 56, residual=residual, norm_after=True)
         assert_op_within_budget(backend, inputs, dropout_p=0.1, activation="tanh")
+
+
+# Of no numbers LayerNorm's statistics are 0/0; the usual modules give no NaN then.
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("residual_after_norm", [False, True], ids=["norm of the sum", "norm of the term"])
+@pytest.mark.parametrize(("K", "N"), [(0, 5), (5, 0), (0, 0)], ids=["K0", "N0", "both"])
+def test_no_features_as_the_usual_modules(backend, residual_after_norm, K, N):
+    torch.manual_seed(0)
+    before, down, up, after = nn.LayerNorm(K), nn.Linear(K, 3), nn.Linear(3, N), nn.LayerNorm(N)
+    down.bias = nn.Parameter(torch.randn(3))
+    for shape in ((K,), (0, K), (4, K), (2, 40, K)):
+        x = torch.randn(shape, requires_grad=True)
+        residual = x if K == N else torch.randn(*shape[:-1], N, requires_grad=True)
+        t = up(down(before(x)).relu())
+        expected = residual + after(t) if residual_after_norm else after(residual + t)
+        norms = {"norm_before": (before.weight, before.bias), "norm_after": (after.weight, after.bias)}
+        options = {"residual": residual, "residual_after_norm": residual_after_norm, **norms}
+        with peft_fast.backend(backend):
+            y = bottleneck_adapter(x, down.weight, up.weight, down_bias=down.bias, up_bias=up.bias, **options)
+        leaves = [*{x, residual}, *(p for module in (before, down, up, after) for p in module.parameters())]
+        dy = torch.randn(expected.shape)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy))
 
 
 def test_several_dropout_blocks():

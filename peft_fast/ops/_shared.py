@@ -19,6 +19,12 @@ def resolve(*arguments: Any) -> list[Any]:
     return [argument.resolve_neg() if isinstance(argument, Tensor) else argument for argument in arguments]
 
 
+def rows(tensor: Tensor) -> Tensor:
+    """All but the last dimension as one, also where the last has no elements."""
+    width = tensor.shape[-1]
+    return tensor.reshape(-1 if width else tensor.shape[:-1].numel(), width)
+
+
 def as_tensor(scaling: float | Tensor, like: Tensor) -> Tensor:
     """`scaling` as a 0-d tensor: as a float of a schema each value would compile the graph again.
 

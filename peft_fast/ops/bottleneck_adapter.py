@@ -7,7 +7,7 @@ from torch import Tensor
 
 from peft_fast import eager, reference, support
 from peft_fast.ops import _shared
-from peft_fast.ops._shared import LIBRARY, as_tensor, resolve
+from peft_fast.ops._shared import LIBRARY, as_tensor, resolve, rows
 
 Norm = tuple[Tensor, Tensor]
 _NO_NORM = (None, None)
@@ -226,10 +226,9 @@ class _BottleneckAdapter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, options, plan, traced, *tensors):
-        x, residual = tensors[:2]
-        shape = x.shape
-        rows = [x.reshape(-1, shape[-1]), residual if residual is None else residual.reshape(-1, residual.shape[-1])]
-        y, *saved = _launch_fwd((*rows, *tensors[2:]), options, plan, traced)
+        shape = tensors[0].shape
+        activations = [tensor if tensor is None else rows(tensor) for tensor in tensors[:2]]
+        y, *saved = _launch_fwd((*activations, *tensors[2:]), options, plan, traced)
         ctx.needs = {name for name, need in zip(INPUTS, ctx.needs_input_grad[3:], strict=True) if need}
         kept = list(tensors)
         has_norm_after = tensors[INPUTS.index("norm_after_weight")] is not None
@@ -260,12 +259,11 @@ class _BottleneckAdapter(torch.autograd.Function):
 
 
 def _backward(ctx, dy, tensors, options, saved):
-    x, residual = tensors[:2]
     like = dict(zip(INPUTS, tensors, strict=True)) | {"residual": dy}
-    rows = [x.reshape(-1, x.shape[-1]), residual if residual is None else residual.reshape(-1, residual.shape[-1])]
+    activations = [tensor if tensor is None else rows(tensor) for tensor in tensors[:2]]
     grads = _launch_bwd(
-        dy.reshape(-1, dy.shape[-1]),
-        (*rows, *tensors[2:]),
+        rows(dy),
+        (*activations, *tensors[2:]),
         options,
         saved,
         ctx.needs,
@@ -324,8 +322,8 @@ def _inference(*args):
     n = len(INPUTS)
     *options, backend = args[n:]
     x, residual, *others = args[:n]
-    rows = [tensor if tensor is None else tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, residual)]
-    y, *_ = _launch_fwd((*rows, *others), Options(*options), support.choose_plan(x, backend))
+    activations = [tensor if tensor is None else rows(tensor) for tensor in (x, residual)]
+    y, *_ = _launch_fwd((*activations, *others), Options(*options), support.choose_plan(x, backend))
     return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
 
 
