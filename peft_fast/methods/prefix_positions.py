@@ -26,6 +26,15 @@ def rotary_owners(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
+def learned_positions(model: nn.Module) -> list[nn.Embedding]:
+    """The embeddings of absolute positions, which transformers' models call by few names."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _LEARNED
+    ]
+
+
 def hook_positions(model: nn.Module, layers: Iterable[Any], offsets: dict[str, int]) -> list[RemovableHandle]:
     """Hook everything in the model that reads positions; `offsets` by adapter name."""
     layers = list(layers)
@@ -33,11 +42,7 @@ def hook_positions(model: nn.Module, layers: Iterable[Any], offsets: dict[str, i
         owner.register_forward_pre_hook(_FromMask(owner, layers), with_kwargs=True) for owner in rotary_owners(model)
     ]
     if any(offsets.values()):
-        learned = [
-            module
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _LEARNED
-        ]
+        learned = learned_positions(model)
         if not learned:
             raise ValueError(f"position_offset: the model has no learned absolute positions, got {offsets}")
         handles += [module.register_forward_pre_hook(_Offset(layers, offsets), with_kwargs=True) for module in learned]
