@@ -55,7 +55,7 @@ def load_peft_prefix(model: Any, folder: str | Path, adapter_name: str = "defaul
     weights = _read_weights(folder)
     if _ROWS not in weights:
         raise ValueError(f"{folder}: has no {_ROWS}, found {sorted(weights)}")
-    base = model.base_model.model if isinstance(model, PeftModel) else model
+    base: Any = model.base_model.model if isinstance(model, PeftModel) else model
     prefixes = convert_peft_prefix(base, weights.pop(_ROWS))
     config = PrefixConfig(
         num_virtual_tokens=saved["num_virtual_tokens"],
