@@ -6,6 +6,8 @@ values and softmaxes dense logits under transformers' explicit mask. It shares n
 
 import copy
 import inspect
+from pathlib import Path
+from unittest import mock
 
 import torch
 from families import batch, build
@@ -41,6 +43,12 @@ def fill(model: nn.Module, adapter_name: str = "default", seed: int = 2) -> None
 
 def prefix_layers(model: nn.Module) -> list[PrefixLayer]:
     return [module for module in model.modules() if isinstance(module, PrefixLayer)]
+
+
+def save(model: PeftModel, folder: Path) -> None:
+    """Without a model card, which takes longer than everything else."""
+    with mock.patch.object(PeftModel, "create_or_update_model_card"):
+        model.save_pretrained(folder)
 
 
 def data(family: str) -> dict[str, Tensor]:

@@ -7,12 +7,13 @@ import torch
 import transformers as tf
 from families import TASKS, VOCABULARY, build
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
-from prefix_models import P, assert_same, logits, prefix_layers, prefixed, step
+from prefix_models import P, assert_same, logits, prefix_layers, prefixed, save, step
 from safetensors.torch import load_file, save_file
 
 from peft_fast.methods import load_peft_prefix
 from peft_fast.methods.prefix_import import convert_peft_prefix
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 RIGHT_IN_PEFT = (
     "bert",
     "roberta",
@@ -38,7 +39,7 @@ def saved_by_peft(base, folder, task_type, **config) -> PeftModel:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += 0.5 * torch.randn_like(parameter)
-    model.eval().save_pretrained(folder)
+    save(model.eval(), folder)
     return model
 
 
@@ -79,7 +80,7 @@ def test_outputs_are_those_of_peft(family, projection, tmp_path):
     torch.testing.assert_close(logits(ours, inputs)[real], logits(theirs, inputs)[real])
     unpadded = {"attention_mask": None}
     torch.testing.assert_close(logits(ours, inputs, **unpadded), logits(theirs, inputs, **unpadded))
-    ours.save_pretrained(tmp_path / "ours")
+    save(ours, tmp_path / "ours")
     again = PeftModel.from_pretrained(base(), tmp_path / "ours", is_trainable=True)
     assert torch.equal(logits(again, inputs), logits(ours, inputs))
     assert_same(step(again, inputs)[1], step(ours, inputs)[1])

@@ -5,11 +5,12 @@ import torch
 import transformers as tf
 from families import FAMILIES, TASKS, VOCABULARY, build
 from peft import PeftConfig, PeftModel, get_peft_model
-from prefix_models import ROTARY, assert_same, data, logits, prefix_layers, prefixed, step
+from prefix_models import ROTARY, assert_same, data, logits, prefix_layers, prefixed, save, step
 
 from peft_fast import PrefixConfig
 from peft_fast.methods import prefix, prefix_init
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = [7, 30, 12, 45, 9]
 READERS = [family for family in FAMILIES if family != "vit"]
 
@@ -92,7 +93,7 @@ def test_text_init_is_not_run_again_when_loaded(family, tmp_path, monkeypatch):
         for layer in prefix_layers(model):
             layer.prefix_value["default"] += 1
     expected, gradients = logits(model, family), step(model, family)[1]
-    model.save_pretrained(tmp_path)
+    save(model, tmp_path)
     monkeypatch.setattr(prefix_init, "_inputs", None)
     loaded = PeftModel.from_pretrained(build(family), tmp_path, is_trainable=True)
     assert torch.equal(logits(loaded, family), expected)
@@ -180,7 +181,7 @@ def test_a_reparametrised_prefix_made_plain(family, tmp_path):
     (first, _, second) = layer.prefix_mlp["default"]
     assert (first.out_features, second.in_features) == (8, 8)
     expected = logits(model, family)
-    model.save_pretrained(tmp_path / "whole")
+    save(model, tmp_path / "whole")
     whole = PeftModel.from_pretrained(build(family), tmp_path / "whole", is_trainable=True)
     assert torch.equal(logits(whole, family), expected)
     assert_same(step(whole, family)[1], step(model, family)[1])
@@ -188,7 +189,7 @@ def test_a_reparametrised_prefix_made_plain(family, tmp_path):
     model.base_model.make_plain()
     torch.testing.assert_close(logits(model, family), expected)
     assert all(layer.prefix_key["default"].requires_grad for layer in prefix_layers(model))
-    model.save_pretrained(tmp_path / "plain")
+    save(model, tmp_path / "plain")
     plain = PeftModel.from_pretrained(build(family), tmp_path / "plain")
     assert torch.equal(logits(plain, family), logits(model, family))
     names = {name for layer in prefix_layers(plain) for name in layer.state_dict()}

@@ -20,6 +20,7 @@ from prefix_models import (
     logits,
     prefix_layers,
     prefixed,
+    save,
     step,
     truth,
 )
@@ -38,16 +39,8 @@ from peft_fast import PrefixConfig
 from peft_fast.methods import PrefixLayer
 from peft_fast.methods.prefix_interface import CHILD, NAMES
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 each_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are too small to share out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @each_family
@@ -122,7 +115,7 @@ def test_saved_loaded_and_resumed(family, tmp_path):
     """Trap: resuming training was refused. Here: the same logits, and the same gradients of the next step."""
     model = prefixed(family, gate=True, task_type=TASKS[family])
     expected, gradients = logits(model, family), step(model, family)[1]
-    model.save_pretrained(tmp_path)
+    save(model, tmp_path)
     loaded = PeftModel.from_pretrained(build(family), tmp_path, is_trainable=True)
     assert torch.equal(logits(loaded, family), expected)
     assert_same(step(loaded, family)[1], gradients)
@@ -182,7 +175,7 @@ def test_one_of_several_adapters_is_saved_alone(tmp_path):
     fill(model, "second", seed=3)
     model.set_adapter("second")
     expected = logits(model, "llama")
-    model.save_pretrained(tmp_path)
+    save(model, tmp_path)
     loaded = PeftModel.from_pretrained(build("llama"), tmp_path / "second")
     assert torch.equal(logits(loaded, "llama"), expected)
 
@@ -297,7 +290,7 @@ def test_modules_to_save_and_task_head(tmp_path):
         for name, parameter in model.named_parameters():
             if "modules_to_save" in name:
                 parameter += 0.1
-    model.save_pretrained(tmp_path)
+    save(model, tmp_path)
     loaded = PeftModel.from_pretrained(build("bert"), tmp_path, is_trainable=True)
     assert torch.equal(logits(loaded), logits(model))
     assert_same(step(loaded)[1], step(model)[1])
@@ -314,7 +307,7 @@ def test_trainer(tmp_path):
 
 def test_fresh_process_loads_a_saved_prefix_and_a_pickled_model(tmp_path):
     model = prefixed("bert")
-    model.save_pretrained(tmp_path)
+    save(model, tmp_path)
     (tmp_path / "model.pickle").write_bytes(pickle.dumps(model))
     torch.save(logits(model), tmp_path / "logits.pt")
     code = f"""
@@ -332,7 +325,7 @@ for model in model, unpickled:
 
 def test_loading_onto_the_meta_device_first(tmp_path):
     model = prefixed("bert", gate=True)
-    model.save_pretrained(tmp_path)
+    save(model, tmp_path)
     loaded = PeftModel.from_pretrained(build("bert"), tmp_path, low_cpu_mem_usage=True)
     assert torch.equal(logits(loaded), logits(model))
 
@@ -365,7 +358,7 @@ def test_choice_of_layers(config, layers, tmp_path):
     model = prefixed("bert", **config)
     names = [name for name, module in model.named_modules() if isinstance(module, PrefixLayer)]
     assert {int(re.search(r"layer\.(\d+)", name)[1]) for name in names} == layers
-    model.save_pretrained(tmp_path)
+    save(model, tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(build("bert"), tmp_path)), logits(model))
 
 

@@ -19,6 +19,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CAUSAL = [family for family, task in TASKS.items() if task == "CAUSAL_LM"]
 GENERATIVE = [family for family, task in TASKS.items() if task != "SEQ_CLS"]
 # Their positions come from the mask, or can be given.
