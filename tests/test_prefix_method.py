@@ -29,6 +29,8 @@ from transformers import (
     DebertaV2Model,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GptOssConfig,
     GptOssForCausalLM,
     Trainer,
@@ -108,6 +110,55 @@ def test_disabled_deleted_or_unloaded_is_the_base_model(family, implementation):
     for module in base.modules():
         if hasattr(module, "config"):
             assert module.config._attn_implementation == implementations[id(module.config)]
+
+
+def test_the_attention_implementation_may_be_chosen_later():
+    """What the model is told stays in force behind the prefix and after it."""
+    model = prefixed("llama")
+    expected = logits(model, "llama")
+    base = model.base_model.model
+    base.set_attn_implementation("eager")
+    torch.testing.assert_close(logits(model, "llama"), expected)
+    assert base.config._attn_implementation == NAMES["eager"]
+    with model.disable_adapter(), torch.no_grad():
+        eager = model(**data("llama"), output_attentions=True)
+    assert len(eager.attentions) == 2
+    base.set_attn_implementation("sdpa")
+    model.generate(**data("llama"), max_new_tokens=1)
+    assert base.config._attn_implementation == NAMES["sdpa"]
+    base.set_attn_implementation("eager")
+    model.unload()
+    assert base.config._attn_implementation == "eager"
+
+
+def test_other_implementations_are_served_as_sdpa():
+    base = build("llama")
+    base.set_attn_implementation("flex_attention")
+    model = prefixed("llama", base=base)
+    assert torch.equal(logits(model, "llama"), logits(prefixed("llama"), "llama"))
+    assert model.unload().config._attn_implementation == "flex_attention"
+
+
+def test_no_attention_weights_behind_a_prefix():
+    base = build("bert")
+    base.set_attn_implementation("eager")
+    with torch.no_grad():
+        assert prefixed(base=base)(**data("bert"), output_attentions=True).attentions == ()
+
+
+def test_gpt2_with_its_own_eager_attention():
+    config = GPT2Config(
+        vocab_size=50,
+        n_embd=32,
+        n_layer=1,
+        n_head=4,
+        reorder_and_upcast_attn=True,
+        scale_attn_by_inverse_layer_idx=True,
+    )
+    base = GPT2LMHeadModel._from_config(config, attn_implementation="eager").bfloat16()
+    expected = logits(base, "llama")
+    with prefixed(base=base).disable_adapter():
+        assert torch.equal(logits(base, "llama"), expected)
 
 
 @each_family

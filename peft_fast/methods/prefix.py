@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peft_fast.methods.prefix_config import PrefixConfig
 from peft_fast.methods.prefix_init import init_from_tokens, initial_tokens
-from peft_fast.methods.prefix_interface import CHILD, switch_off, switch_on
+from peft_fast.methods.prefix_interface import CHILD, Switch
 from peft_fast.methods.prefix_positions import hook_positions
 from peft_fast.methods.prefix_targets import Sizes, find_attention, sizes
 
@@ -140,10 +140,12 @@ class PrefixModel(BaseTuner):
 
     prefix = "prefix_"
     tuner_layer_cls = PrefixLayer
+    _switch: Switch | None = None
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self._implementations = getattr(self, "_implementations", []) + switch_on(model)
+        if self._switch is None:
+            self._switch = Switch(model)
         self._hook_positions()
         config: Any = self.peft_config[adapter_name]
         tokens = initial_tokens(model, config)
@@ -234,8 +236,8 @@ class PrefixModel(BaseTuner):
                 delattr(module, CHILD)
         self._hook_positions()
         if not self.peft_config:
-            switch_off(self._implementations)
-            self._implementations = []
+            self._switch.off()
+            self._switch = None
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(_CANNOT_MERGE)

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.utils import logging
 
 from peft_fast.ops import prefix_attention
 
 # The name of the prefix among an attention module's children.
 CHILD = "attn_prefix"
 NAMES = {"eager": "peft_fast_prefix_eager", "sdpa": "peft_fast_prefix_sdpa"}
+_logger = logging.get_logger(__name__)
 _eager_functions: dict[type, Callable] = {}
 
 
@@ -29,24 +31,32 @@ def dispatches(module: nn.Module) -> bool:
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
-def switch_on(model: nn.Module) -> list[tuple[Any, str | None]]:
-    """Let every attention module of the model ask for a function of this file; return the configs that changed.
+class Switch:
+    """Lets every attention module of a model ask for a function of this file, until `off`.
 
-    What is neither "eager" nor "sdpa" becomes "sdpa".
+    What is neither "eager" nor "sdpa" becomes "sdpa". As the model's hook it does so again where
+    `set_attn_implementation` has been called since.
     """
-    changed = []
-    for config in _configs(model):
-        before = config._attn_implementation
-        if before not in NAMES.values():
-            # The public setter would also change the configs of the model's other parts.
-            config._attn_implementation_internal = NAMES["eager" if before == "eager" else "sdpa"]
-            changed.append((config, before))
-    return changed
 
+    def __init__(self, model: nn.Module) -> None:
+        self.configs = list(_configs(model))
+        self.before = [config._attn_implementation for config in self.configs]
+        self.handle = model.register_forward_pre_hook(self)
+        self()
 
-def switch_off(changed: list[tuple[Any, str | None]]) -> None:
-    for config, before in changed:
-        config._attn_implementation_internal = before
+    def __call__(self, *args: Any) -> None:
+        for i, config in enumerate(self.configs):
+            name = config._attn_implementation
+            if name not in NAMES.values():
+                self.before[i] = name
+                # The public setter would also change the configs of the model's other parts.
+                config._attn_implementation_internal = NAMES["eager" if name == "eager" else "sdpa"]
+
+    def off(self) -> None:
+        self.handle.remove()
+        for config, before in zip(self.configs, self.before, strict=True):
+            if config._attn_implementation in NAMES.values():
+                config._attn_implementation_internal = before
 
 
 def _configs(model: nn.Module) -> Iterator[Any]:
@@ -73,6 +83,9 @@ def _attention(
         layer.recorded.append((key, value))
     prefix = None if layer is None else layer.prefix()
     if prefix is None:
+        if implementation == "eager" and getattr(module, "reorder_and_upcast_attn", False):
+            # GPT-2 asks for the name "eager" itself.
+            return module._upcast_and_reordered_attn(query, key, value, attention_mask)  # type: ignore[operator]
         stock = _eager_function(type(module)) if implementation == "eager" else AttentionInterface()["sdpa"]
         return stock(module, query, key, value, attention_mask, **kwargs)
     y = _with_prefix(implementation, module, prefix, query, key, value, attention_mask, **kwargs)
@@ -102,6 +115,8 @@ def _with_prefix(
             f"prefixes need keys and values of one size, {type(module).__name__} has {key.shape[-1]} and "
             f"{value.shape[-1]}"
         )
+    if kwargs.get("output_attentions"):
+        _logger.warning_once("Behind a prefix, no attention weights are returned, as under sdpa.")
     device = query.device.type
     if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
