@@ -18,6 +18,15 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture
+def one_thread():
+    """For models that are too small to share out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_empty(monkeypatch):
     """Uninitialised floating-point memory holds NaN, so that reading it shows."""

@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 
 from peft_fast.methods import BottleneckConfig, BottleneckLayer, load_adapters_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # The library's three configurations: Houlsby et al. 2019, Pfeiffer et al. 2021, He et al. 2022.
 COMMON = {
     "adapter_residual_before_ln": False,
@@ -54,15 +56,6 @@ K, R = 32, 4
 
 each_config = pytest.mark.parametrize("name", CONFIGS)
 each_family = pytest.mark.parametrize("family", PREFIXES)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are too small to share out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_weights(family: str, config: dict) -> dict[str, torch.Tensor]:
@@ -112,7 +105,8 @@ class Published:
         if self.config["is_parallel"]:
             x, inner = r, None
         elif self.config["original_ln_before"]:
-            x, inner = layer_norm(h + r), h
+            x = layer_norm(h + r)
+            inner = {True: h, False: x, "post_add": h + r}[self.config["residual_before_ln"]]
         else:
             x, inner = h, h
         w, down = self.weights, int(self.config["ln_before"])
@@ -164,10 +158,20 @@ PUBLISHED = {"bert": published_bert, "llama": published_llama}
 
 
 @torch.no_grad()
+def build_uneven(family):
+    """A base model in which h is as large as r and no LayerNorm is near the identity."""
+    model = build(family)
+    draw = torch.Generator().manual_seed(7)
+    for parameter in model.parameters():
+        parameter += 0.2 * torch.randn(parameter.shape, generator=draw)
+    return model
+
+
+@torch.no_grad()
 def assert_parity(model, family, config, weights):
     ids = batch(family)["input_ids"]
-    expected = PUBLISHED[family](build(family), config, weights, ids)
-    base = build(family)(input_ids=ids).logits
+    expected = PUBLISHED[family](build_uneven(family), config, weights, ids)
+    base = build_uneven(family)(input_ids=ids).logits
     assert (expected - base).abs().max() > 100 * 1e-5  # the adapters do something
     torch.testing.assert_close(model.eval()(input_ids=ids).logits, expected)
 
@@ -177,7 +181,7 @@ def assert_parity(model, family, config, weights):
 @pytest.mark.parametrize("kind", ["adapter.safetensors", "model.safetensors", "pytorch_adapter.bin"])
 def test_parity_with_the_published_forward(name, family, kind, tmp_path):
     weights = write(tmp_path, family, CONFIGS[name], kind)
-    model = load_adapters_checkpoint(build(family), tmp_path)
+    model = load_adapters_checkpoint(build_uneven(family), tmp_path)
     assert_parity(model, family, CONFIGS[name], weights)
 
 
@@ -199,8 +203,38 @@ def test_parity_with_options(name, family, option, tmp_path):
     config = CONFIGS[name] | OPTIONS[option]
     kind = "pytorch_adapter.bin" if config["ln_before"] else "adapter.safetensors"
     weights = write(tmp_path, family, config, kind)
-    model = load_adapters_checkpoint(build(family), tmp_path)
+    model = load_adapters_checkpoint(build_uneven(family), tmp_path)
     assert_parity(model, family, config, weights)
+
+
+# What the option changes on BERT, on Llama, and where it has no effect. The library fails with "post_add" where no
+# LayerNorm stands in front of the adapter.
+ORDERS = [
+    ("seq_bn", "bert", False),
+    ("seq_bn", "bert", "post_add"),
+    ("seq_bn", "llama", False),
+    *(("double_seq_bn", family, False) for family in PREFIXES),
+    *(("par_bn", family, value) for family in PREFIXES for value in (False, "post_add")),
+]
+ORDER_OPTIONS = {"plain": {}} | {name: OPTIONS[name] for name in ("norm after", "residual in the norm", "norm before")}
+
+
+@pytest.mark.parametrize("option", ORDER_OPTIONS)
+@pytest.mark.parametrize(("name", "family", "value"), ORDERS, ids=str)
+def test_parity_with_other_residuals(name, family, value, option, tmp_path):
+    config = CONFIGS[name] | ORDER_OPTIONS[option] | {"residual_before_ln": value}
+    weights = write(tmp_path, family, config, "pytorch_adapter.bin")
+    model = load_adapters_checkpoint(build_uneven(family), tmp_path)
+    assert_parity(model, family, config, weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "family"), [("seq_bn", "llama"), ("double_seq_bn", "bert"), ("double_seq_bn", "llama")]
+)
+def test_residual_of_the_sum_needs_a_norm_in_front(name, family, tmp_path):
+    write(tmp_path, family, CONFIGS[name] | {"residual_before_ln": "post_add"})
+    with pytest.raises(ValueError, match=rf"residual_before_ln: 'post_add' needs a LayerNorm .* {family} do not"):
+        load_adapters_checkpoint(build(family), tmp_path)
 
 
 def test_residual_in_the_norm_before_the_models_own(tmp_path):
@@ -210,10 +244,14 @@ def test_residual_in_the_norm_before_the_models_own(tmp_path):
         load_adapters_checkpoint(build("bert"), tmp_path)
 
 
-@each_config
-def test_imported_adapter_is_a_peft_adapter(name, tmp_path):
+@pytest.mark.parametrize(
+    "config",
+    [*CONFIGS.values(), CONFIGS["seq_bn"] | {"residual_before_ln": False}],
+    ids=[*CONFIGS, "seq_bn, another residual"],
+)
+def test_imported_adapter_is_a_peft_adapter(config, tmp_path):
     """Added beside another, saved by peft, loaded again, and trained on."""
-    write(tmp_path, "bert", CONFIGS[name])
+    write(tmp_path, "bert", config)
     model = load_adapters_checkpoint(build("bert"), tmp_path)
     expected = model.eval()(**batch("bert")).logits
     again = load_adapters_checkpoint(model, tmp_path, "again")
@@ -236,8 +274,8 @@ def test_imported_adapter_is_a_peft_adapter(name, tmp_path):
         ("cross_adapter", True),
         ("stochastic_depth", 0.1),
         ("original_ln_after", False),
-        ("residual_before_ln", False),
-        ("residual_before_ln", "post_add"),
+        ("residual_before_ln", "before"),
+        ("residual_before_ln", []),
         ("architecture", "lora"),
         ("mh_adapter", True),
         ("original_ln_before", False),

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from adapted import adapted, assert_same, bottleneck_layers, fill, logits, step
 from families import FAMILIES, TASKS, batch, build
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import PeftType
@@ -15,69 +16,17 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from peft_fast import BottleneckConfig, methods, reference
-from peft_fast.methods import BottleneckLayer, bottleneck
+from peft_fast import BottleneckConfig, methods
+from peft_fast.methods import bottleneck
 from peft_fast.methods._register import register_method
-from peft_fast.testing import assert_within_budget
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 STYLES = ("houlsby", "pfeiffer", "parallel")
 # One style for each family where all of them would take long: every style meets models that normalize first and last.
 STYLE_OF = {family: STYLES[i % 3] for i, family in enumerate(FAMILIES)}
 each_family = pytest.mark.parametrize("family", FAMILIES)
 each_style = pytest.mark.parametrize("style", STYLES)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are too small to share out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def adapted(family: str = "bert", style: str = "pfeiffer", *, zero: bool = False, **config) -> PeftModel:
-    """An adapter whose output is as large as what it is added to, unless it is to be zero."""
-    base = config.pop("base", None) or build(family)
-    model = get_peft_model(base, BottleneckConfig(style=style, bottleneck_size=4, **config))
-    if not zero:
-        fill(model)
-    return model
-
-
-def fill(model: nn.Module, adapter_name: str = "default", seed: int = 2) -> None:
-    draw = torch.Generator().manual_seed(seed)
-    for layer in bottleneck_layers(model):
-        for name in layer.adapter_layer_names:
-            if adapter_name in (adapters := getattr(layer, name)):
-                values = adapters[adapter_name]
-                for parameter in [values] if isinstance(values, nn.Parameter) else values.parameters():
-                    parameter.data += 0.3 * torch.randn(parameter.shape, generator=draw).to(parameter.dtype)
-
-
-def bottleneck_layers(model: nn.Module) -> list[BottleneckLayer]:
-    return [module for module in model.modules() if isinstance(module, BottleneckLayer)]
-
-
-def step(model: nn.Module, family: str = "bert", seed: int = 5) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
-    """Logits and gradients of one training step."""
-    model.train()
-    model.zero_grad()
-    torch.manual_seed(seed)
-    output = model(**batch(family))
-    output.loss.backward()
-    return output.logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-
-
-@torch.no_grad()
-def logits(model: nn.Module, family: str = "bert") -> torch.Tensor:
-    return model.eval()(**batch(family)).logits
-
-
-def assert_same(gradients: dict, expected: dict) -> None:
-    assert gradients.keys() == expected.keys()
-    for name, gradient in gradients.items():
-        assert torch.equal(gradient, expected[name]), name
 
 
 @each_family
@@ -238,44 +187,6 @@ def test_active_adapters_are_applied_in_order():
             read, scaling = (x, 4.0) if name == "second" else (expected, 1.0)
             expected = expected + scaling * up(down(read).relu())
         torch.testing.assert_close(model(x), expected)
-
-
-@pytest.mark.parametrize(
-    ("norm_after", "residual_after_norm"),
-    [(False, False), (True, False), (True, True)],
-    ids=["no norm after", "norm of the sum", "norm of the term"],
-)
-@pytest.mark.parametrize("activation", sorted(reference.ACTIVATIONS))
-def test_options_reach_the_op(activation, norm_after, residual_after_norm):
-    options = {"norm_before": True, "norm_after": norm_after, "residual_after_norm": residual_after_norm}
-    config = BottleneckConfig(
-        style="parallel", target_modules=["0"], bottleneck_size=3, activation=activation, scaling="learned", **options
-    )
-    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), config)
-    fill(model)
-    (layer,) = bottleneck_layers(model)
-    down, up = layer.bottleneck_down["default"], layer.bottleneck_up["default"]
-    x = torch.randn(4, 6)
-
-    def expected(dtype):
-        def norm(norms):
-            return tuple(p.to(dtype) for p in norms["default"].parameters()) if "default" in norms else None
-
-        return reference.bottleneck_adapter(
-            x.to(dtype),
-            down.weight.to(dtype),
-            up.weight.to(dtype),
-            down_bias=down.bias.to(dtype),
-            up_bias=up.bias.to(dtype),
-            activation=activation,
-            scaling=layer.bottleneck_scaling["default"].to(dtype),
-            residual=layer.base_layer(x).to(dtype),
-            norm_before=norm(layer.bottleneck_norm_before),
-            norm_after=norm(layer.bottleneck_norm_after),
-            residual_after_norm=residual_after_norm,
-        )
-
-    assert_within_budget(model(x), expected(torch.float64), expected(torch.float32), length=6)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
@@ -456,89 +367,3 @@ def test_print_trainable_parameters(capsys):
     adapted("bert", "pfeiffer").print_trainable_parameters()
     count = 2 * (4 * 32 + 4 + 32 * 4 + 32)
     assert f"trainable params: {count:,}" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("config", "layers"),
-    [
-        ({"layers_to_transform": 1}, {1}),
-        ({"layers_to_transform": [0]}, {0}),
-        ({"target_modules": ["output.dropout"], "layers_to_transform": [1], "layers_pattern": "layer"}, {1}),
-        ({"target_modules": r".*layer\.0\.output\.LayerNorm"}, {0}),
-        ({"exclude_modules": r".*layer\.0\..*"}, {1}),
-        ({}, {0, 1}),
-    ],
-    ids=lambda value: " ".join(value) or "default" if isinstance(value, dict) else "",
-)
-def test_choice_of_layers(config, layers, tmp_path):
-    model = adapted("bert", "pfeiffer", **config)
-    names = [name for name, module in model.named_modules() if isinstance(module, BottleneckLayer)]
-    assert {int(re.search(r"layer\.(\d+)", name)[1]) for name in names} == layers
-    model.save_pretrained(tmp_path)
-    assert torch.equal(logits(PeftModel.from_pretrained(build("bert"), tmp_path)), logits(model))
-
-
-def test_sizes():
-    (layer, *_) = bottleneck_layers(get_peft_model(build("bert"), BottleneckConfig()))
-    assert layer.bottleneck_down["default"].weight.shape == (2, 32)
-    (layer, *_) = bottleneck_layers(get_peft_model(build("bert"), BottleneckConfig(reduction_factor=100)))
-    assert layer.bottleneck_down["default"].weight.shape == (1, 32)
-    config = BottleneckConfig(style="parallel", target_modules=["intermediate.dense"], bottleneck_size=3)
-    (layer, *_) = bottleneck_layers(get_peft_model(build("bert"), config))
-    assert layer.bottleneck_down["default"].weight.shape == (3, 32)
-    assert layer.bottleneck_up["default"].weight.shape == (64, 3)
-
-
-def test_small_normal_init():
-    model = get_peft_model(nn.Sequential(nn.Linear(100, 100)), BottleneckConfig(target_modules=["0"], init="houlsby"))
-    (layer,) = bottleneck_layers(model)
-    for linear in (layer.bottleneck_down["default"], layer.bottleneck_up["default"]):
-        assert linear.weight.abs().max() <= 0.02
-        assert 0.005 < linear.weight.std() < 0.01
-        assert not linear.bias.any()
-
-
-@pytest.mark.parametrize(
-    ("field", "config"),
-    [
-        ("style", {"style": "compacter"}),
-        ("activation", {"activation": "swish"}),
-        ("init", {"init": "bert"}),
-        ("bottleneck_size, reduction_factor", {"bottleneck_size": 8, "reduction_factor": 4}),
-        ("bottleneck_size", {"bottleneck_size": 0}),
-        ("bottleneck_size", {"bottleneck_size": 2.5}),
-        ("reduction_factor", {"reduction_factor": -1}),
-        ("scaling", {"scaling": "channel"}),
-        ("scaling", {"scaling": float("nan")}),
-        ("dropout", {"dropout": 1.0}),
-        ("residual_after_norm", {"residual_after_norm": True}),
-        ("source_module", {"style": "houlsby", "source_module": "intermediate"}),
-        ("layers_to_transform", {"layers_to_transform": [0], "target_modules": "a|b"}),
-        ("layers_pattern", {"layers_pattern": "layer"}),
-    ],
-)
-def test_wrong_options_are_named(field, config):
-    value = re.escape(str(next(iter(config.values()))))
-    with pytest.raises(ValueError, match=rf"^{field}: .*{value}"):
-        BottleneckConfig(**config)
-
-
-def test_unknown_model_is_told_its_modules():
-    net = nn.Module()
-    net.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)])
-    with pytest.raises(ValueError, match=r"target_modules: no default.*\blayers\.\*\.0, layers\.\*\.1$"):
-        get_peft_model(net, BottleneckConfig())
-
-
-def test_module_of_unknown_width_and_unknown_source():
-    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
-    with pytest.raises(ValueError, match="width of a Tanh is not known"):
-        get_peft_model(net, BottleneckConfig(target_modules=["1"]))
-    with pytest.raises(ValueError, match="source_module: no parent of 0 has a module 'fc1'"):
-        get_peft_model(net, BottleneckConfig(style="parallel", target_modules=["0"], source_module="fc1"))
-    late = get_peft_model(
-        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)),
-        BottleneckConfig(style="parallel", target_modules=["0"], source_module="1"),
-    )
-    with pytest.raises(ValueError, match="source_module: '1' did not run before"):
-        late(torch.randn(2, 4))

@@ -5,8 +5,13 @@
                 y = h + s·t(h + r)       any other module; r what `source_module` receives, else nothing
     parallel    y = f(x) + s·t(x)        x what `source_module` receives, else f    (He et al. 2022)
 
-The published Pfeiffer adapter computes LN(h + s·t(LN(h + r)) + r) with h the feed-forward's output and r what the model
-adds to it: the second line, with u = h + r, and where there is no LN the third, to which the model adds r.
+The published Pfeiffer adapter computes LN(q + s·t(LN(h + r)) + r) with h the feed-forward's output, r what the model
+adds to it, and q = h: the second line, with u = h + r, and where there is no LN the third, to which the model adds r.
+`residual_from` chooses another q, which holds r already:
+
+    "sum"       y = LN(u + s·t(LN(u)) + r)          around a LayerNorm; r what `source_module` receives
+                y = h + r + s·t(h + r)              any other module
+    "norm"      y = LN(LN(u) + s·t(LN(u)) + r)      around a LayerNorm
 """
 
 import math
@@ -29,6 +34,7 @@ from peft_fast.ops import bottleneck_adapter
 from peft_fast.reference import ACTIVATIONS
 
 _STYLES = ("houlsby", "pfeiffer", "parallel")
+_RESIDUALS = ("branch", "sum", "norm")
 _CANNOT_MERGE = (
     "a bottleneck adapter cannot be merged: it has a nonlinearity, so no weight of the base model can hold it. "
     "Keep the adapter, or take it off with unload()"
@@ -53,11 +59,14 @@ class BottleneckConfig(PeftConfig):
         dropout: the probability, in [0, 1), of dropping an element of the adapter's output t in training.
         init: "zero_up": Wd as `nn.Linear` has it and Wu zero, so that the model starts as the base model; with
             `dropout` 0 that also holds for training from the same seed (a dropout of its own draws from torch's
-            generator), with `norm_after` only where `residual_after_norm` is set. "houlsby": both normal with standard
-            deviation 0.01, cut at two of them. All biases start at zero.
+            generator), with `norm_after` only where `residual_after_norm` is set, and only with `residual_from`
+            "branch". "houlsby": both normal with standard deviation 0.01, cut at two of them. All biases start at zero.
         norm_before: a LayerNorm of the adapter's own on x.
         norm_after: one on its result, LN(residual + s·t), or on s·t alone with `residual_after_norm`.
         residual_after_norm: see norm_after.
+        residual_from: what a Pfeiffer adapter is added to, before the model adds r: "branch" the feed-forward's output
+            h, the default; "sum" h + r; "norm" LN(h + r). The last two are for adapters that were trained so: r counts
+            twice.
         target_modules: names of modules, or a regular expression of whole names, as in other peft methods. By default
             the places of `style` in the models that the package knows.
         exclude_modules: names, or a regular expression, of modules that get no adapter.
@@ -67,7 +76,8 @@ class BottleneckConfig(PeftConfig):
         modules_to_save: modules to train and save beside the adapters, such as a new head.
         source_module: the module, named from the target's nearest parent that has it, whose first input the adapter
             reads: a parallel adapter in place of what the target receives, a Pfeiffer adapter beside what the target
-            returns. It must run before the target does.
+            returns, or, with another `residual_from` than "branch", what the model adds before the target, a LayerNorm.
+            It must run before the target does.
 
     Raises ValueError, naming the field and its value.
     """
@@ -82,6 +92,7 @@ class BottleneckConfig(PeftConfig):
     norm_before: bool = field(default=False, metadata={"help": "LayerNorm of the adapter's own on its input."})
     norm_after: bool = field(default=False, metadata={"help": "LayerNorm of the adapter's own on its result."})
     residual_after_norm: bool = field(default=False, metadata={"help": "Keep the residual out of norm_after."})
+    residual_from: str = field(default="branch", metadata={"help": "What a Pfeiffer adapter is added to."})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules that get an adapter."})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules that get none."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers that get adapters."})
@@ -101,7 +112,8 @@ class BottleneckConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
 
     def _check(self) -> None:
-        for name, choices in ("style", _STYLES), ("activation", ACTIVATIONS), ("init", ADAPTER_INITS):
+        known = {"style": _STYLES, "activation": ACTIVATIONS, "init": ADAPTER_INITS, "residual_from": _RESIDUALS}
+        for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
         size, factor = self.bottleneck_size, self.reduction_factor
@@ -120,6 +132,8 @@ class BottleneckConfig(PeftConfig):
             raise ValueError(f"dropout: must lie in [0, 1), got {self.dropout!r}")
         if self.residual_after_norm and not self.norm_after:
             raise ValueError("residual_after_norm: needs norm_after, got residual_after_norm=True, norm_after=False")
+        if self.residual_from != "branch" and self.style != "pfeiffer":
+            raise ValueError(f'residual_from: needs style "pfeiffer", got {self.residual_from!r} and {self.style!r}')
         if self.source_module is not None and self.style == "houlsby":
             raise ValueError(f'source_module: style "houlsby" has none, got {self.source_module!r}')
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
@@ -183,6 +197,16 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     ) -> None:
         """Add an adapter of `like`'s device and dtype. Sizes come from the modules, else from the model's config."""
         base = self.get_base_layer()
+        if config.residual_from != "branch" and source is None:
+            raise ValueError(
+                f"residual_from: {config.residual_from!r} needs source_module, the name of a module that receives what "
+                "the model adds to the feed-forward's output"
+            )
+        if config.residual_from == "norm" and not isinstance(base, nn.LayerNorm):
+            raise ValueError(
+                f"residual_from: 'norm' needs a LayerNorm as the target, got a {type(base).__name__}; without a "
+                "LayerNorm there is 'sum'"
+            )
         N = _width(base, 1, model_config)
         K = _width(base if source is None else source, 0, model_config) if config.style == "parallel" else N
         R = config.bottleneck_size or max(1, int(K // config.reduction_factor))
@@ -212,23 +236,48 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         x = args[0] if args else next(iter(kwargs.values()))
         for name in active:
             if self._is_around_norm(name):
-                x = self._adapt(name, self.base_layer(x), x)
+                x = self._adapt_around_norm(name, x)
                 args = (x,)
         result = self.base_layer(*args, **kwargs)
         y = result[0] if isinstance(result, tuple) else result
-        received = {name: source.take(y.device) for name, source in self.bottleneck_source.items()}
         for name in active:
-            if name in received and received[name] is None:
-                raise ValueError(f"source_module: {self.bottleneck_config[name].source_module!r} did not run before")
-            if self.bottleneck_config[name].style == "parallel":
-                y = self._adapt(name, received.get(name, x), y)
-            elif not self._is_around_norm(name):
-                y = self._adapt(name, y + received[name] if name in received else y, y)
+            if self._is_around_norm(name):
+                continue
+            config, received = self.bottleneck_config[name], self._received(name, y.device)
+            if config.style == "parallel":
+                y = self._adapt(name, x if received is None else received, y)
+            else:
+                u = y if received is None else y + received
+                y = self._adapt(name, u, y if config.residual_from == "branch" else u)
+        for source in self.bottleneck_source.values():
+            source.take(y.device)  # of adapters that are not active
         return (y, *result[1:]) if isinstance(result, tuple) else y
 
     def _is_around_norm(self, adapter_name: str) -> bool:
         config = self.bottleneck_config[adapter_name]
-        return config.style == "pfeiffer" and not config.source_module and isinstance(self.base_layer, nn.LayerNorm)
+        # With a source and "branch" the LayerNorm is part of the branch, which the model adds behind it.
+        alone = not config.source_module or config.residual_from != "branch"
+        return config.style == "pfeiffer" and alone and isinstance(self.base_layer, nn.LayerNorm)
+
+    def _adapt_around_norm(self, adapter_name: str, u: Tensor) -> Tensor:
+        """What the LayerNorm receives in place of u: q + s·t(LN(u)) + r."""
+        x, residual_from = self.base_layer(u), self.bottleneck_config[adapter_name].residual_from
+        if residual_from == "branch":
+            return self._adapt(adapter_name, x, u)  # u is h + r
+        adapted = self._adapt(adapter_name, x, u if residual_from == "sum" else x)
+        received: Any = self._received(adapter_name, u.device)
+        return adapted + received.view_as(adapted)  # OPT adds in two dimensions
+
+    def _received(self, adapter_name: str, device: torch.device) -> Tensor | None:
+        """What the source module received, None where the adapter has no source."""
+        if adapter_name not in self.bottleneck_source:
+            return None
+        received = self.bottleneck_source[adapter_name].take(device)
+        if received is None:
+            raise ValueError(
+                f"source_module: {self.bottleneck_config[adapter_name].source_module!r} did not run before"
+            )
+        return received
 
     def _adapt(self, adapter_name: str, x: Tensor, residual: Tensor) -> Tensor:
         """residual + s·t(x), in the residual's dtype."""
@@ -286,7 +335,9 @@ class BottleneckModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules is None:
-            targets = default_targets(model_config, peft_config.style, peft_config.layers_to_transform)
+            targets = default_targets(
+                model_config, peft_config.style, peft_config.layers_to_transform, peft_config.residual_from
+            )
             if targets is None:
                 raise ValueError(
                     f"target_modules: no default for a model of type {model_config.get('model_type')!r}; pass the "

@@ -3,10 +3,14 @@
 The library's layer, with h the output of attention or feed-forward and r what the model adds to it:
 
     double_seq_bn   LN(h + s·t(h) + r)              houlsby
-    seq_bn          LN(h + s·t(LN(h + r)) + r)      pfeiffer
+    seq_bn          LN(q + s·t(LN(h + r)) + r)      pfeiffer
     par_bn          LN(h + s·t(r) + r)              parallel
 
 where Llama has no LN. There r has not been normalized, unlike what the feed-forward reads.
+
+q is h where `residual_before_ln` is true, LN(h + r) where it is false, h + r where it is "post_add". True and false are
+the same in double_seq_bn, all three in par_bn. Where no LN stands in front of the adapter, which is in double_seq_bn
+and on Llama, the library itself does not run with "post_add".
 """
 
 import json
@@ -49,6 +53,9 @@ _STYLES: dict[tuple[bool, ...], str] = {
     (False, True, False, True): "pfeiffer",
     (False, True, True, False): "parallel",
 }
+# Our `residual_from` by the library's `residual_before_ln`, for seq_bn on models that have a LayerNorm there or not.
+_RESIDUALS_AT_NORM: dict[Any, str] = {True: "branch", False: "norm", "post_add": "sum"}
+_RESIDUALS: dict[Any, str] = {True: "branch", False: "sum"}
 # The options that are read, with the library's defaults.
 _READ: dict[str, Any] = {
     "mh_adapter": False,
@@ -61,12 +68,12 @@ _READ: dict[str, Any] = {
     "ln_before": False,
     "ln_after": False,
     "adapter_residual_before_ln": False,
+    "residual_before_ln": True,
 }
 # What these must be, since nothing here computes the alternatives; with these, the rest changes nothing.
 _REQUIRED: dict[str, Any] = {
     "architecture": None,
     "original_ln_after": True,
-    "residual_before_ln": True,
     "use_gating": False,
     "cross_adapter": False,
     "phm_layer": False,
@@ -90,7 +97,7 @@ def load_adapters_checkpoint(model: nn.Module, folder: str | Path, adapter_name:
     Returns the peft model, whose adapter can be trained on, saved and loaded as any other.
 
     Reads the configurations double_seq_bn (Houlsby), seq_bn (Pfeiffer) and par_bn (parallel), with their size,
-    nonlinearity, scaling, dropout, LayerNorms of their own and left-out layers.
+    nonlinearity, scaling, dropout, LayerNorms of their own, place of the residual and left-out layers.
 
     Raises ValueError for another kind of model, for an option that is not supported, naming it, and for weights that
     do not fit.
@@ -178,13 +185,17 @@ def _convert_config(
     if set(weights) != {(layer, place) for layer in layers for place in places}:
         raise ValueError(f"weights: expected {sorted(places)} of each layer, got {sorted(weights)}")
 
-    target_modules, source = default_targets({"model_type": model_type}, style, layers)
+    _, source = default_targets({"model_type": model_type}, style, layers)
+    at_norm = style == "pfeiffer" and source is None
+    residual_from = _residual_from(options["residual_before_ln"], style, at_norm, model_type)
+    target_modules, source = default_targets({"model_type": model_type}, style, layers, residual_from)
     # A parallel adapter adds nothing before its LayerNorm, whatever the option says.
     residual_in_norm = options["ln_after"] and options["adapter_residual_before_ln"] and style != "parallel"
-    if residual_in_norm and style == "pfeiffer" and source is None:
+    if residual_in_norm and at_norm and residual_from == "branch":
         # The library's inner residual is h, that of an adapter around the model's LayerNorm h + r.
         raise ValueError(
-            f"adapter_residual_before_ln: with ln_after and original_ln_before not supported on {model_type}"
+            "adapter_residual_before_ln: with ln_after and original_ln_before not supported on "
+            f"{model_type} where residual_before_ln is true"
         )
     if style == "parallel":
         source = _PARALLEL_SOURCE.get(model_type, source)
@@ -197,9 +208,25 @@ def _convert_config(
         norm_before=options["ln_before"],
         norm_after=options["ln_after"],
         residual_after_norm=options["ln_after"] and not residual_in_norm,
+        residual_from=residual_from,
         target_modules=target_modules,
         source_module=source,
     )
+
+
+def _residual_from(option: Any, style: str, at_norm: bool, model_type: str) -> str:
+    if option not in (True, False, "post_add"):
+        raise ValueError(f"residual_before_ln: expected true, false or 'post_add', got {option!r}")
+    if style == "parallel":
+        return "branch"
+    if option == "post_add" and not at_norm:
+        raise ValueError(
+            f"residual_before_ln: 'post_add' needs a LayerNorm in front of the adapter, which {style} adapters of "
+            f"{model_type} do not have"
+        )
+    if style == "houlsby":
+        return "branch"
+    return (_RESIDUALS_AT_NORM if at_norm else _RESIDUALS)[option]
 
 
 def _names(config: BottleneckConfig) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 A target is a pattern of module names; `{layer}` stands for the number of the layer. Behind `<-` stands the module whose
 input the adapter needs: a parallel adapter, where the target itself does not receive it; a Pfeiffer adapter in models
-that normalize first, where it is what the model adds to the feed-forward's output.
+that normalize first, where it is what the model adds to the feed-forward's output. In models that normalize last, the
+input of `added` is what the model adds, which a Pfeiffer adapter needs for a residual of more than the feed-forward.
 """
 
 from typing import Any
@@ -11,6 +12,7 @@ _BERT = {
     "houlsby": r"layer\.{layer}\.(attention\.)?output\.dropout",
     "pfeiffer": r"layer\.{layer}\.output\.LayerNorm",
     "parallel": r"layer\.{layer}\.output\.dropout <- intermediate",
+    "added": "intermediate",
 }
 _LLAMA = {
     "houlsby": r"layers\.{layer}\.(self_attn\.o_proj|mlp)",
@@ -29,7 +31,7 @@ _OPT = {
     "pfeiffer": r"layers\.{layer}\.fc2 <- final_layer_norm",
     "parallel": r"layers\.{layer}\.fc2 <- fc1",
 }
-_BART = _OPT | {"pfeiffer": r"layers\.{layer}\.final_layer_norm"}
+_BART = _OPT | {"pfeiffer": r"layers\.{layer}\.final_layer_norm", "added": "fc1"}
 
 TARGETS: dict[str, dict[str, str]] = {
     "bert": _BERT,
@@ -39,12 +41,14 @@ TARGETS: dict[str, dict[str, str]] = {
         "houlsby": r"layer\.{layer}\.(attention\.out_lin|ffn)",
         "pfeiffer": r"layer\.{layer}\.output_layer_norm",
         "parallel": r"layer\.{layer}\.ffn",
+        "added": "ffn",
     },
     # Its layers share their modules, hence their adapters; the feed-forward has no dropout.
     "albert": {
         "houlsby": r"albert_layers\.{layer}\.(attention\.output_dropout|ffn_output)",
         "pfeiffer": r"albert_layers\.{layer}\.full_layer_layer_norm",
         "parallel": r"albert_layers\.{layer}\.ffn_output <- ffn",
+        "added": "ffn",
     },
     "modernbert": {
         "houlsby": r"layers\.{layer}\.(attn\.out_drop|mlp)",
@@ -82,10 +86,11 @@ TARGETS: dict[str, dict[str, str]] = {
 
 
 def default_targets(
-    model_config: dict[str, Any], style: str, layers: list[int] | int | None
+    model_config: dict[str, Any], style: str, layers: list[int] | int | None, residual_from: str = "branch"
 ) -> tuple[str, str | None] | None:
     """The pattern of a model's targets in the given layers (None: all) and the module that they read from, if any.
 
+    `residual_from` is as in the config: unless it is "branch", a Pfeiffer adapter reads what the model adds as well.
     None for a model that is not in the table.
     """
     model_type = model_config.get("model_type")
@@ -94,6 +99,8 @@ def default_targets(
     if model_type not in TARGETS:
         return None
     pattern, _, source = TARGETS[model_type][style].partition(" <- ")
+    if residual_from != "branch":
+        source = source or TARGETS[model_type].get("added", "")
     numbers = [layers] if isinstance(layers, int) else layers
     layer = "|".join(map(str, numbers)) if numbers else r"\d+"
     return rf"(.*\.)?{pattern}".replace("{layer}", f"({layer})"), source or None
