@@ -24,4 +24,15 @@ from peft_fast.methods import BottleneckConfig, PrefixConfig  # noqa: E402
 from peft_fast.patch import PatchReport, patch, report, unpatch  # noqa: E402
 from peft_fast.support import backend  # noqa: E402
 
-__all__ = ["BottleneckConfig", "PatchReport", "PrefixConfig", "backend", "layers", "ops", "patch", "reference", "report", "unpatch"]
+__all__ = [
+    "BottleneckConfig",
+    "PatchReport",
+    "PrefixConfig",
+    "backend",
+    "layers",
+    "ops",
+    "patch",
+    "reference",
+    "report",
+    "unpatch",
+]

@@ -146,7 +146,8 @@ def prefix_attention(
     if gate is None:
         weights = torch.cat([prefix, own], dim=-1).softmax(-1, dtype=wide)
     else:
-        own_weights = own.softmax(-1, dtype=wide).masked_fill((own == -torch.inf).all(-1, keepdim=True), 0)
+        unseeing = (own == -torch.inf).all(-1, keepdim=True)  # their softmax is 0 / 0, and so would be its gradient
+        own_weights = own.masked_fill(unseeing, 0).softmax(-1, dtype=wide).masked_fill(unseeing, 0)
         weights = torch.cat([prefix.softmax(-1, dtype=wide) * gate.to(wide)[:, None, None], own_weights], dim=-1)
     weights = weights.to(query.dtype)
     if keep_mask is not None:

@@ -27,6 +27,12 @@ MIN_CPU_DROPOUT_ELEMENTS = 1 << 15
 # Below this many elements of x the usual torch calls are as fast as the bottleneck adapter's own function.
 MIN_CPU_ADAPTER_ELEMENTS = 1 << 17
 
+# Below this many logits, copies of the prefix and torch's fused attention cost less than the calls of a function of
+# ours; a quarter of it with dropout, which torch's fused attention does not serve.
+MIN_CPU_ATTENTION_LOGITS = 1 << 20
+# The widest head that fits the kernels' registers.
+MAX_KERNEL_HEAD_SIZE = 256
+
 _backend = "auto"
 
 

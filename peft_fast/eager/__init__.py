@@ -6,3 +6,6 @@ from peft_fast.eager.dropout import draw_seed as draw_seed
 from peft_fast.eager.dropout import dropout_mask as dropout_mask
 from peft_fast.eager.lora_linear import lora_bwd as lora_bwd
 from peft_fast.eager.lora_linear import lora_fwd as lora_fwd
+from peft_fast.eager.prefix_attention import attention_bwd as attention_bwd
+from peft_fast.eager.prefix_attention import attention_dropout_mask as attention_dropout_mask
+from peft_fast.eager.prefix_attention import attention_fwd as attention_fwd

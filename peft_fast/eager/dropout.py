@@ -53,7 +53,7 @@ class Dropped:
     def _keep(self, x: Tensor) -> Tensor | None:
         """`keep` in x's type: multiplying by booleans costs five times as much."""
         if self.keep is not None:
-            self.keep = self.keep.to(x.device, x.dtype)
+            self.keep = self.keep.to(x.device, x.dtype).view(x.shape)
         return self.keep
 
     def _without_points(self, x: Tensor) -> Tensor:
@@ -96,16 +96,21 @@ def dropped_blocks(seed: Tensor, shape: Sequence[int], threshold: int) -> Iterat
     """What dropout with p = threshold / 2^16 drops of an (M, K) activation, in blocks of rows."""
     M, K = shape
     height = block_rows(K)
+    blocks = [slice(start, min(start + height, M)) for start in range(0, max(M, 1), height)]  # an empty one where M = 0
+    return zip(blocks, dropped_pieces(seed, [(rows.stop - rows.start) * K for rows in blocks], threshold), strict=True)
+
+
+def dropped_pieces(seed: Tensor, sizes: Iterable[int], threshold: int) -> Iterator[Dropped]:
+    """What dropout with p = threshold / 2^16 drops of one tensor after the other, of so many elements each."""
     level = threshold >> 8 if threshold >= BYTES_FROM else 0
     points_per_element = -math.log1p(-(threshold - (level << 8)) / (65536 - (level << 8)))
     stream, generator = _seeded(seed)
-    for start in range(0, max(M, 1), height):  # one empty block where M = 0
-        rows = min(height, M - start)
+    for n in sizes:
         keep = None
         if level:
-            words = stream.random_raw((rows * K + 7) // 8).view(np.int8)[: rows * K]
-            keep = torch.from_numpy(words).view(rows, K).ge_(level - 128).view(torch.bool)
-        yield slice(start, start + rows), Dropped(keep, _points(stream, generator, points_per_element, rows * K))
+            words = stream.random_raw((n + 7) // 8).view(np.int8)[:n]
+            keep = torch.from_numpy(words).ge_(level - 128).view(torch.bool)
+        yield Dropped(keep, _points(stream, generator, points_per_element, n))
 
 
 def blocks_of(

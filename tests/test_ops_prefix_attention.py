@@ -1,0 +1,474 @@
+"""The prefix attention op against its reference, under every transform of torch that it promises to serve."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
+
+import peft_fast
+from peft_fast import reference, support
+from peft_fast.eager import prefix_attention as eager_form
+from peft_fast.ops import prefix_attention
+from peft_fast.testing import PrefixAttentionInputs, assert_within_budget, prefix_attention_inputs
+
+BACKENDS = ["eager", "triton"]
+SEED = 29
+DTYPES = [
+    pytest.param(torch.float64, None, id="fp64"),
+    pytest.param(torch.float32, None, id="fp32"),
+    pytest.param(torch.bfloat16, None, id="bf16"),
+    pytest.param(torch.float16, None, id="fp16"),
+    pytest.param(torch.bfloat16, torch.float32, id="bf16-fp32"),
+    pytest.param(torch.float16, torch.float32, id="fp16-fp32"),
+]
+
+
+def keep_mask(backend: str, inputs: PrefixAttentionInputs, dropout_p: float, **options) -> torch.Tensor | None:
+    if not dropout_p:
+        return None
+    call = {"attn_mask": None, "is_causal": False, "sliding_window": None, "softcap": None, "scale": None} | options
+    attn_mask = call.pop("attn_mask")
+    call["scale"] = call["scale"] or inputs.query.shape[-1] ** -0.5
+    tensors = [inputs.query, inputs.key, inputs.value, inputs.prefix_key, inputs.prefix_value, attn_mask, inputs.gate]
+    names = ("is_causal", "sliding_window", "softcap", "scale")
+    rules = [reference.drop_threshold(dropout_p), torch.tensor([SEED]), *(call[name] for name in names)]
+    plan = "eager" if backend == "eager" else "split"
+    return torch.ops.peft_fast.attention_dropout_mask(*tensors, *rules, plan)
+
+
+def forward_backward(op, inputs: PrefixAttentionInputs, **options) -> dict[str, torch.Tensor]:
+    """y and the gradient of every tensor of the call, by name."""
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in inputs.leaves().items()}
+    mask = options.get("attn_mask")
+    y = op(**leaves, **options)
+    if mask is not None and mask.requires_grad:
+        leaves["attn_mask"] = mask
+    return {"y": y.detach()} | dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), inputs.dy), strict=True))
+
+
+def wide(options: dict) -> dict:
+    """The options for a reference in float64."""
+    mask = options.get("attn_mask")
+    if mask is None or mask.dtype == torch.bool:
+        return options
+    return options | {"attn_mask": mask.detach().double().requires_grad_(mask.requires_grad)}
+
+
+def assert_op_within_budget(backend: str, *calls: PrefixAttentionInputs, dropout_p: float = 0.0, **options) -> None:
+    """Every result of the calls, taken together, within the error budget."""
+    results = []
+    for inputs in calls:
+        with peft_fast.backend(backend):
+            seed = torch.tensor([SEED])
+            actual = forward_backward(prefix_attention, inputs, dropout_p=dropout_p, seed=seed, **options)
+        dropout = {"dropout_p": dropout_p, "keep_mask": keep_mask(backend, inputs, dropout_p, **options)}
+        expected = forward_backward(reference.prefix_attention, inputs, **dropout, **options)
+        truth = forward_backward(reference.prefix_attention, inputs.to(torch.float64), **dropout, **wide(options))
+        assert actual.keys() == truth.keys()
+        assert all(actual[name].shape == truth[name].shape for name in truth)
+        results.append((actual, truth, expected))
+    (Z, H, S, _), T, P = inputs.query.shape, inputs.key.shape[2], inputs.prefix_key.shape[1]
+    for name in truth:
+        values = [torch.cat([result[name].flatten() for result in kind]) for kind in zip(*results, strict=True)]
+        assert_within_budget(*values, length=max(T + P, Z * H * S), name=name)
+
+
+LENGTHS = list(itertools.product([1, 7, 64, 130], repeat=2))
+PREFIXES, HEAD_SIZES, GROUPS = [1, 5, 16, 100], [16, 40, 64, 128], [1, 4, 8]
+SIZES = list(itertools.product(PREFIXES, HEAD_SIZES, GROUPS))
+
+
+# Each prefix length meets each head size and group, and each of them all pairs of lengths. Of few numbers, eager's own
+# error in one call is chance.
+@pytest.mark.parametrize(("P", "DH", "group"), SIZES)
+@pytest.mark.parametrize(("dtype", "prefix_dtype"), DTYPES)
+def test_sizes(dtype, prefix_dtype, P, DH, group):
+    i = SIZES.index((P, DH, group))
+    for j, (S, T) in enumerate(LENGTHS[(i + i // 4) % 4 :: 4]):
+        seeds = 4 if min(S, T) < 64 else 1
+        shape = (2, group, 1, S, T, P, DH)
+        calls = [
+            prefix_attention_inputs(*shape, dtype=dtype, prefix_dtype=prefix_dtype, seed=seed) for seed in range(seeds)
+        ]
+        assert_op_within_budget("eager", *calls, is_causal=bool(j % 2))
+
+
+def boolean_mask(Z: int, S: int, T: int) -> torch.Tensor:
+    """(Z, 1, S, T) with whole rows, and the last keys of all of them, masked."""
+    mask = torch.rand(Z, 1, S, T, generator=torch.Generator().manual_seed(3)) > 0.4
+    mask[0, :, : S // 4] = False
+    mask[..., -3:] = False
+    return mask
+
+
+def additive(mask: torch.Tensor, dtype: torch.dtype, least: float) -> torch.Tensor:
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, least)
+
+
+RULES = {
+    "causal": {"is_causal": True},
+    "window": {"sliding_window": 9},
+    "causal-window": {"is_causal": True, "sliding_window": 9},
+    "softcap": {"softcap": 1.5},
+    "scale": {"scale": 0.3, "is_causal": True},
+}
+MASKS = {
+    "none": lambda dtype: None,
+    "bool": lambda dtype: boolean_mask(2, 66, 86),
+    "padding": lambda dtype: torch.arange(86) < torch.tensor([[86], [57]])[:, None, None],
+    "all-masked": lambda dtype: torch.zeros(2, 1, 1, 86, dtype=torch.bool),
+    "infinite": lambda dtype: additive(boolean_mask(2, 66, 86), dtype, -math.inf),
+    "least": lambda dtype: additive(boolean_mask(2, 66, 86), dtype, torch.finfo(dtype).min),
+    "bias": lambda dtype: torch.randn(1, 4, 66, 86, generator=torch.Generator().manual_seed(4)).to(dtype),
+    "row": lambda dtype: torch.randn(86, generator=torch.Generator().manual_seed(5)).to(dtype),
+}
+
+
+@pytest.mark.parametrize("gate", [False, True], ids=["joint", "gate"])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1, 0.4])
+@pytest.mark.parametrize(("dtype", "prefix_dtype"), DTYPES)
+def test_masks_and_rules(dtype, prefix_dtype, dropout_p, mask, gate):
+    shape = (2, 4, 2, 66, 86, 16, 40)
+    # The worst row decides, and of one draw it is chance whose worst row is worse.
+    calls = [
+        prefix_attention_inputs(*shape, dtype=dtype, prefix_dtype=prefix_dtype, gate=gate, seed=seed)
+        for seed in range(6 if dtype == torch.float32 else 1)
+    ]
+    rules = list(RULES.values())[(list(MASKS).index(mask) + gate) % len(RULES)] if mask != "none" else {}
+    for options in [rules, *(RULES.values() if mask == "none" else [{}])]:
+        assert_op_within_budget("eager", *calls, dropout_p=dropout_p, attn_mask=MASKS[mask](dtype), **options)
+
+
+@pytest.mark.parametrize("gate", [False, True], ids=["joint", "gate"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_the_kernels_behind_the_op(dropout_p, gate):
+    inputs = prefix_attention_inputs(2, 4, 2, 66, 70, 5, 40, gate=gate)
+    assert_op_within_budget("triton", inputs, dropout_p=dropout_p, attn_mask=boolean_mask(2, 66, 70), softcap=2.0)
+    assert_op_within_budget("triton", inputs, dropout_p=dropout_p, is_causal=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 130, 150), (2, 1, 130, 150), (2, 4, 1, 150), (130, 1)], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_a_bias_that_requires_grad_gets_its_gradient(shape, dropout_p):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        inputs = prefix_attention_inputs(2, 4, 2, 130, 150, 5, 16, dtype=dtype)
+        bias = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        assert_op_within_budget("eager", inputs, dropout_p=dropout_p, attn_mask=bias, softcap=3.0)
+
+
+def test_such_a_bias_is_not_for_the_kernels():
+    inputs = prefix_attention_inputs(1, 2, 2, 4, 4, 2, 16)
+    bias = torch.zeros(4, 4, requires_grad=True)
+    with peft_fast.backend("triton"), pytest.raises(NotImplementedError, match="attn_mask requires grad"):
+        prefix_attention(**inputs.leaves(), attn_mask=bias)
+
+
+def test_small_chunks_are_the_same_call(monkeypatch):
+    """Many heads, sequences and blocks of rows a chunk, or one of each."""
+    inputs = prefix_attention_inputs(3, 8, 4, 70, 70, 5, 16)
+    for limit in (1 << 20, 1 << 14, 1 << 12, 1 << 8, 1):
+        monkeypatch.setattr(eager_form, "CPU_LOGITS", limit)
+        assert_op_within_budget("eager", inputs, dropout_p=0.2, attn_mask=boolean_mask(3, 70, 70))
+        assert_op_within_budget("eager", inputs, dropout_p=0.2, is_causal=True)
+
+
+def test_keys_that_nobody_sees_are_not_multiplied():
+    """Of a causal mask, flag or tensor, half of the logits are made."""
+    inputs = prefix_attention_inputs(1, 1, 1, 1024, 1024, 16, 16)
+    tensors = [inputs.query, inputs.key, inputs.value, inputs.prefix_key, inputs.prefix_value]
+    dense = torch.ones(1024, 1024, dtype=torch.bool).tril()
+
+    def logits(mask: torch.Tensor | None, is_causal: bool) -> int:
+        rules = eager_form.Rules(0, None, is_causal, None, None, 0.25)
+        call = eager_form._Call(*tensors, mask, None, rules)
+        return sum(math.prod(call.shape(chunk, chunk.keys.stop)) for chunk, _ in call.chunks())
+
+    flag = logits(None, True)
+    assert flag == logits(dense, False) == logits(additive(dense, torch.float32, -math.inf), False)
+    assert flag == logits(additive(dense, torch.float32, torch.finfo(torch.float32).min), False)
+    assert flag == 1024 * 1024 * 9 // 16
+    assert logits(None, False) == 1024 * 1024
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"sliding_window": 3}], ids=str)
+@pytest.mark.parametrize("mask", [None, "bool", "float"])
+def test_small_calls_run_as_usual(options, mask):
+    """Where a call is small, torch's fused attention runs, and gives the same."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        inputs = prefix_attention_inputs(2, 4, 2, 7, 9, 3, 16, dtype=dtype)
+        assert inputs.query.shape[:3].numel() * 12 < support.MIN_CPU_ATTENTION_LOGITS
+        masks = {None: None, "bool": boolean_mask(2, 7, 9)}
+        masks["float"] = additive(masks["bool"], dtype, -math.inf)
+        call = options | {"attn_mask": masks[mask]}
+        actual = forward_backward(prefix_attention, inputs, **call)
+        expected = forward_backward(reference.prefix_attention, inputs, **call)
+        truth = forward_backward(reference.prefix_attention, inputs.to(torch.float64), **wide(call))
+        for name in truth:
+            assert_within_budget(actual[name], truth[name], expected[name], length=64, name=name)
+
+
+def test_small_calls_drop():
+    inputs = prefix_attention_inputs(64, 2, 2, 4, 4, 4, 16)
+    torch.manual_seed(0)
+    y = prefix_attention(**inputs.leaves(), dropout_p=0.5)
+    torch.manual_seed(0)
+    assert torch.equal(y, prefix_attention(**inputs.leaves(), dropout_p=0.5))
+    assert not torch.equal(y, prefix_attention(**inputs.leaves(), dropout_p=0.5))
+
+
+def test_zeros_are_no_neutral_prefix_but_a_zero_gate_is():
+    inputs = prefix_attention_inputs(2, 4, 2, 33, 33, 5, 16, dtype=torch.float64)
+    tensors = inputs.leaves() | {
+        "prefix_key": torch.zeros(2, 5, 16).double(),
+        "prefix_value": torch.zeros(2, 5, 16).double(),
+    }
+    plain = F.scaled_dot_product_attention(inputs.query, inputs.key, inputs.value, enable_gqa=True)
+    with peft_fast.backend("eager"):
+        assert not torch.allclose(prefix_attention(**tensors), plain, atol=0.01)
+        gated = prefix_attention(**inputs.leaves(), gate=torch.zeros(4).double())
+    torch.testing.assert_close(gated, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_causal_is_aligned_bottom_right():
+    """As a cache needs it: the last query sees all keys. torch's own flag aligns top-left."""
+    inputs = prefix_attention_inputs(1, 2, 2, 3, 8, 2, 16, dtype=torch.float64)
+    with peft_fast.backend("eager"):
+        y = prefix_attention(**inputs.leaves(), is_causal=True)
+        assert torch.equal(y, prefix_attention(**inputs.leaves(), attn_mask=torch.ones(3, 8, dtype=torch.bool).tril(5)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_calls(backend):
+    for Z, S, T in [(2, 5, 0), (2, 0, 5), (0, 5, 5)]:
+        assert_op_within_budget(backend, prefix_attention_inputs(Z, 4, 2, S, T, 3, 16))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layout(backend):
+    """y is a transposed (Z, S, H, DH), so that a model's transpose back is free, and may be changed in place."""
+    inputs = prefix_attention_inputs(2, 4, 2, 16, 16, 3, 16)
+    query = inputs.query.detach().requires_grad_()
+    with peft_fast.backend(backend):
+        y = prefix_attention(**inputs.leaves() | {"query": query})
+    assert y.transpose(1, 2).is_contiguous()
+    y += 1
+    y.sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck(backend):
+    inputs = prefix_attention_inputs(1, 4, 2, 5, 6, 3, 8, dtype=torch.float64, gate=True)
+    leaves = {name: leaf.requires_grad_() for name, leaf in inputs.leaves().items()}
+
+    def call(*tensors):
+        options = {"is_causal": True, "softcap": 2.0, "dropout_p": 0.3, "seed": torch.tensor([SEED])}
+        return prefix_attention(**dict(zip(leaves, tensors, strict=True)), **options)
+
+    with peft_fast.backend(backend):
+        torch.autograd.gradcheck(call, tuple(leaves.values()))
+        torch.autograd.gradgradcheck(call, tuple(leaves.values()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_what_is_needed_gets_a_gradient(backend):
+    inputs = prefix_attention_inputs(2, 4, 2, 9, 9, 3, 16, dtype=torch.float64, gate=True)
+    expected = forward_backward(reference.prefix_attention, inputs)
+    names = list(inputs.leaves())
+    for chosen in [{name} for name in names] + [set(names) - {name} for name in names]:
+        leaves = {name: leaf.detach().requires_grad_(name in chosen) for name, leaf in inputs.leaves().items()}
+        with peft_fast.backend(backend):
+            prefix_attention(**leaves).backward(inputs.dy)
+        for name, leaf in leaves.items():
+            assert (leaf.grad is not None) == (name in chosen)
+            if name in chosen:
+                torch.testing.assert_close(leaf.grad, expected[name], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_nothing_of_the_logits_size_is_kept(dropout_p):
+    """The eager form keeps its inputs; the kernels y and one number a row."""
+    inputs = prefix_attention_inputs(2, 4, 2, 128, 128, 16, 16)
+    for backend in BACKENDS:
+        kept: dict[int, torch.Tensor] = {}
+        leaves = {name: leaf.requires_grad_() for name, leaf in inputs.leaves().items()}
+
+        def pack(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with peft_fast.backend(backend), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = prefix_attention(**leaves, is_causal=True, dropout_p=dropout_p)
+        inputs_kept = sum(leaf.numel() for leaf in leaves.values())
+        rows = 0 if backend == "eager" else y.numel() + y.shape[:3].numel()
+        assert sum(tensor.numel() for tensor in kept.values()) == inputs_kept + rows + bool(dropout_p)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_bits_each_time(backend):
+    inputs = prefix_attention_inputs(3, 8, 2, 40, 40, 5, 16, dtype=torch.bfloat16, prefix_dtype=torch.float32)
+    with peft_fast.backend(backend):
+        options = {"is_causal": True, "dropout_p": 0.1, "seed": torch.tensor([SEED])}
+        first, second = (forward_backward(prefix_attention, inputs, **options) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_prefix_gradients_of_a_large_batch_are_summed_in_float32():
+    """Summed in bf16, 512 sequences would leave three digits less."""
+    inputs = prefix_attention_inputs(512, 2, 2, 4, 4, 3, 16, dtype=torch.bfloat16, prefix_dtype=torch.float32)
+    with peft_fast.backend("eager"):
+        actual = forward_backward(prefix_attention, inputs)
+    rounded = inputs.to(torch.float64)
+    rounded.prefix_key, rounded.prefix_value = (
+        prefix.bfloat16().double() for prefix in (inputs.prefix_key, inputs.prefix_value)
+    )
+    truth = forward_backward(reference.prefix_attention, rounded)
+    for name in ("prefix_key", "prefix_value"):
+        error = (actual[name] - truth[name]).abs().max() / truth[name].abs().max()
+        assert error < 1e-5
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved", "reentrant"])
+@pytest.mark.parametrize("numel", ["small", "large"])
+def test_checkpointing_draws_the_same_mask(use_reentrant, numel):
+    size = 8 if numel == "small" else 200
+    inputs = prefix_attention_inputs(2, 4, 2, size, size, 3, 16)
+    leaves = {name: leaf.requires_grad_() for name, leaf in inputs.leaves().items()}
+
+    def call(*tensors):
+        return prefix_attention(*tensors, dropout_p=0.3)
+
+    results = []
+    for run in (call, lambda *tensors: checkpoint(call, *tensors, use_reentrant=use_reentrant)):
+        torch.manual_seed(1)
+        y = run(*leaves.values())
+        y.backward(inputs.dy)
+        results.append([y.detach(), *(leaf.grad for leaf in leaves.values())])
+        for leaf in leaves.values():
+            leaf.grad = None
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_autocast():
+    """As torch's attention: in autocast's dtype, the prefix kept in float32."""
+    inputs = prefix_attention_inputs(2, 4, 2, 16, 16, 3, 16)
+    leaves = {name: leaf.requires_grad_() for name, leaf in inputs.leaves().items()}
+    for backend in ("auto", "eager"):
+        with peft_fast.backend(backend), torch.autocast("cpu", torch.bfloat16):
+            y = prefix_attention(**leaves)
+        assert y.dtype == torch.bfloat16
+        y.backward(inputs.dy.bfloat16())
+        assert all(leaf.grad.dtype == torch.float32 for leaf in leaves.values())
+
+
+OPTIONS = [{}, {"is_causal": True, "dropout_p": 0.2}, {"softcap": 2.0, "sliding_window": 5}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend, options):
+    inputs = prefix_attention_inputs(2, 4, 2, 16, 18, 3, 16, gate="softcap" in options)
+    leaves = inputs.leaves()
+    tensors = [leaves.get(name) for name in ("query", "key", "value", "prefix_key", "prefix_value")]
+    tensors = [tensor.requires_grad_() for tensor in tensors]
+    tensors += [torch.ones(16, 18, dtype=torch.bool), inputs.gate]
+    threshold = reference.drop_threshold(options.get("dropout_p", 0.0))
+    seed = torch.tensor([SEED]) if threshold else None
+    window, cap = options.get("sliding_window"), options.get("softcap")
+    rules = [threshold, seed, options.get("is_causal", False), window, cap, 0.25]
+    torch.library.opcheck(torch.ops.peft_fast.prefix_attention, (*tensors, *rules, backend))
+    plan = "eager" if backend == "eager" else "split"
+    plain = [None if tensor is None else tensor.detach() for tensor in tensors]
+    torch.library.opcheck(torch.ops.peft_fast.prefix_attention_fwd, (*plain, *rules, plan))
+    _, *lse = results = torch.ops.peft_fast.prefix_attention_fwd(*plain, *rules, plan)
+    needs = ["query", "key", "value", "prefix_key", "prefix_value"]
+    args = (inputs.dy, *plain, *rules, results if lse else [], needs, plan)
+    torch.library.opcheck(torch.ops.peft_fast.prefix_attention_bwd, args)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("size", [8, 400])
+def test_compiled(options, size):
+    """One graph, and the same results; small calls as torch's own attention."""
+    torch._dynamo.reset()
+    inputs = prefix_attention_inputs(2, 4, 2, size, size, 3, 16)
+    seed = {"seed": torch.tensor([SEED])} if "dropout_p" in options else {}
+
+    def call(*tensors):
+        return prefix_attention(*tensors, **options, **seed)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (call, compiled):
+        leaves = [leaf.detach().requires_grad_() for leaf in inputs.leaves().values()]
+        y = run(*leaves)
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, inputs.dy)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
+def test_function_transforms_and_traces():
+    inputs = prefix_attention_inputs(2, 4, 2, 96, 96, 3, 16, dtype=torch.float64)
+    leaves = inputs.leaves()
+    options = {"dropout_p": 0.2, "seed": torch.tensor([SEED])}
+
+    def loss(prefix_key):
+        return (prefix_attention(**leaves | {"prefix_key": prefix_key}, **options) * inputs.dy).sum()
+
+    expected = forward_backward(prefix_attention, inputs, **options)["prefix_key"]
+    torch.testing.assert_close(torch.func.grad(loss)(inputs.prefix_key), expected)
+    jvp = torch.func.jvp(loss, (inputs.prefix_key,), (torch.ones_like(inputs.prefix_key),))[1]
+    torch.testing.assert_close(jvp, expected.sum())
+    leaf = inputs.prefix_key.detach().requires_grad_()
+    graph = make_fx(lambda t: torch.autograd.grad(loss(t), t))(leaf)
+    torch.testing.assert_close(graph(leaf)[0], expected)
+    y = prefix_attention(**leaves | {"prefix_key": leaf}, **options)
+    batched = torch.autograd.grad(y, leaf, torch.stack([inputs.dy, 2 * inputs.dy]), is_grads_batched=True)[0]
+    torch.testing.assert_close(batched, torch.stack([expected, 2 * expected]))
+    with FakeTensorMode() as mode:
+        fake = {name: mode.from_tensor(leaf) for name, leaf in leaves.items()}
+        assert prefix_attention(**fake).shape == inputs.query.shape
+
+
+def test_an_input_changed_in_place_is_an_error():
+    inputs = prefix_attention_inputs(2, 4, 2, 96, 96, 3, 16)
+    query = inputs.query.clone()
+    with peft_fast.backend("eager"):
+        y = prefix_attention(**inputs.leaves() | {"query": query, "prefix_key": inputs.prefix_key.requires_grad_()})
+    query += 1
+    with pytest.raises(RuntimeError, match="prefix_attention: a tensor saved for backward"):
+        y.backward(inputs.dy)
+
+
+def test_errors_name_the_argument_and_the_shapes():
+    inputs = prefix_attention_inputs(2, 4, 2, 5, 6, 3, 16)
+    wrong = {
+        "key": inputs.key[..., :8],
+        "value": inputs.value[:, :1],
+        "prefix_key": inputs.prefix_key[:1],
+        "prefix_value": inputs.prefix_value[:, :2],
+        "attn_mask": torch.ones(5, 5),
+        "gate": torch.ones(2),
+    }
+    for name, tensor in wrong.items():
+        with pytest.raises(ValueError, match=f"prefix_attention: {name} does not fit: expected .*query \\(2, 4, 5, 16"):
+            prefix_attention(**inputs.leaves() | {name: tensor})
+    with pytest.raises(ValueError, match="prefix_key does not fit"):
+        prefix_attention(**inputs.leaves() | {n: getattr(inputs, n)[:, :0] for n in ("prefix_key", "prefix_value")})
+    with pytest.raises(ValueError, match="number of heads does not fit"):
+        prefix_attention(**inputs.leaves() | {"query": inputs.query[:, :3]})
+    with pytest.raises(ValueError, match=r"query, key and value must have one dtype, got .*key torch\.float64"):
+        prefix_attention(**inputs.leaves() | {"key": inputs.key.double()})
+    with pytest.raises(ValueError, match="prefix must have query's dtype"):
+        prefix_attention(**inputs.leaves() | {n: getattr(inputs, n).half() for n in ("prefix_key", "prefix_value")})
+    for name, value in {"sliding_window": 0, "softcap": 0.0, "dropout_p": 1.0}.items():
+        with pytest.raises(ValueError, match=name):
+            prefix_attention(**inputs.leaves(), **{name: value})
+    with pytest.raises(ValueError, match="seed must be one int64"):
+        prefix_attention(**inputs.leaves(), dropout_p=0.1, seed=torch.ones(1))
