@@ -1,12 +1,15 @@
 """Prefix tuning and what surrounds the sequence: generation, caches, padding, packing, windows, positions."""
 
 import copy
+import sys
 
 import pytest
 import torch
 from families import FAMILIES, TASKS, VOCABULARY, build
+from peft import get_peft_model
 from prefix_models import ROTARY, P, data, logits, prefix_layers, prefixed
 from transformers import (
+    AttentionInterface,
     BertConfig,
     BertForMaskedLM,
     BertLMHeadModel,
@@ -15,9 +18,13 @@ from transformers import (
     EncoderDecoderModel,
     LlamaConfig,
     LlamaForSequenceClassification,
+    StaticCache,
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
+
+from peft_fast import PrefixConfig
+from peft_fast.methods.prefix_interface import NAMES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CAUSAL = [family for family, task in TASKS.items() if task == "CAUSAL_LM"]
@@ -188,8 +195,8 @@ def test_positions_are_those_of_the_base_model(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
-def test_chunked_and_static_caches_by_hand(family):
-    """A prefill in two chunks, query length unlike key length, and the empty rest of a static cache."""
+def test_chunked_prefill_by_hand(family):
+    """A prefill in two chunks, query length unlike key length, with and without padding on the left."""
     model = prefixed(family)
     ids = tokens(2, 9)
     expected = logits(model, family, input_ids=ids, attention_mask=None)
@@ -198,6 +205,26 @@ def test_chunked_and_static_caches_by_hand(family):
         second = model(input_ids=ids[:, 5:], past_key_values=first.past_key_values, use_cache=True)
     assert first.past_key_values.get_seq_length() == 9
     torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), expected)
+    if family in ROTARY:
+        mask = torch.ones_like(ids)
+        mask[:, :2] = 0
+        expected = logits(model, family, input_ids=ids[:, 2:], attention_mask=None)
+        with torch.no_grad():
+            first = model(input_ids=ids[:, :5], attention_mask=mask[:, :5], use_cache=True)
+            second = model(input_ids=ids[:, 5:], attention_mask=mask, past_key_values=first.past_key_values)
+        torch.testing.assert_close(torch.cat([first.logits[:, 2:], second.logits], 1), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_empty_rest_of_a_static_cache_is_not_seen(family):
+    """Without a mask, transformers leaves it to the attention function that more keys come than there are queries."""
+    model = prefixed(family)
+    ids = tokens(2, 5)
+    expected = logits(model, family, input_ids=ids, attention_mask=None)
+    cache = StaticCache(config=model.config, max_cache_len=12)
+    torch.testing.assert_close(
+        logits(model, family, input_ids=ids, attention_mask=None, past_key_values=cache), expected
+    )
 
 
 def test_pooling_and_spans_are_of_real_tokens():
@@ -274,3 +301,32 @@ def test_changing_the_mask_by_hand():
     moved = logits(model, "llama", input_ids=other, attention_mask=nothing)
     torch.testing.assert_close(moved[:, 1:], alone[:, 1:])
     assert prefix_layers(model)[0].prefix_key["default"].shape[1] == P
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("case", ["bidirectional", "no mask", "own mask", "float mask", "more queries than keys"])
+def test_the_sequence_is_masked_as_in_the_base_model(case, implementation):
+    """A new gate is zero, so what is left is the base model's own attention, called as the model calls it."""
+    base = build("llama")
+    base.set_attn_implementation(implementation)
+    base.config.is_causal = case != "bidirectional"
+    ids, mask = tokens(2, 6), None
+    if case == "more queries than keys":
+        attention = base.model.layers[0].self_attn
+        q, kv = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 3, 8)
+        call = AttentionInterface().get_interface(
+            implementation, sys.modules[type(attention).__module__].eager_attention_forward
+        )
+        expected = call(attention, q, kv, kv, None, scaling=1.0)[0]
+        get_peft_model(base, PrefixConfig(gate=True))
+        actual = AttentionInterface()[NAMES[implementation]](attention, q, kv, kv, None, scaling=1.0)[0]
+    else:
+        if case.endswith("mask") and case != "no mask":
+            mask = torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.5
+            mask |= torch.eye(6, dtype=torch.bool)
+            if case == "float mask" or implementation == "eager":
+                mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        expected = logits(base, "llama", input_ids=ids, attention_mask=mask)
+        model = get_peft_model(base, PrefixConfig(gate=True))
+        actual = logits(model, "llama", input_ids=ids, attention_mask=mask)
+    torch.testing.assert_close(actual, expected)

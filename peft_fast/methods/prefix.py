@@ -23,7 +23,9 @@ from peft_fast.methods.prefix_targets import Sizes, find_attention, sizes
 _CANNOT_MERGE = (
     "a prefix cannot be merged: no weight of the base model can hold it. Keep the prefix, or take it off with unload()"
 )
-_RANDOM_STD = 0.02
+# Of 0.02, 0.5, 1 and 2 the one that learned best in 150 steps of AdamW at 0.03 on a small BERT (one seed), whose own
+# keys and values have about 1.1 and 0.65; with 2 it did not learn.
+_RANDOM_STD = 0.5
 
 
 class PrefixLayer(nn.Module, BaseTunerLayer):

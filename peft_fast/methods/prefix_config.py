@@ -26,10 +26,10 @@ class PrefixConfig(PeftConfig):
         layers: "all": each attention module has a prefix of its own.
         targets: which kinds of attention get one, of "encoder" (self-attention that sees both sides), "decoder" (causal
             self-attention) and "cross" (a decoder's attention over an encoder's output). By default all that there are.
-        init: "random": normal with a small standard deviation. "zero_value": the same with values of zero; not the base
-            model, since the prefix still draws attention. "text": the keys and values that the model itself computes
-            for `init_text`, on rotary models in front of position 0; an encoder-decoder model gets the text on both
-            sides. "vocab": the same for tokens drawn from the vocabulary.
+        init: "random": normal with a standard deviation of 0.5. "zero_value": the same with values of zero; this is not
+            the base model, since the prefix still draws attention. "text": the keys and values that the model itself
+            computes for `init_text`, on rotary models in front of position 0; an encoder-decoder model gets the text on
+            both sides. "vocab": the same for tokens drawn from the vocabulary.
         init_text: for "text": token ids, or a string and `tokenizer_name_or_path`. Repeated or cut to P tokens.
         tokenizer_name_or_path: where `AutoTokenizer` finds the tokenizer of `init_text`, a string.
         reparametrization: train an embedding of P rows and a two-layer perceptron in each attention module in place of
