@@ -27,13 +27,14 @@ def _is_one(stride):
 
 
 @triton.jit
-def _offsets(index, stride, UNIT: tl.constexpr, WIDE: tl.constexpr):
+def offsets(index, stride, UNIT: tl.constexpr, WIDE: tl.constexpr):
+    """index · stride; `tile_ptrs` says what UNIT is."""
     if WIDE:
         index = index.to(tl.int64)
-    offsets = index * stride
+    steps = index * stride
     if UNIT > 1 and not _is_one(stride):
-        offsets = tl.multiple_of(offsets, UNIT)
-    return offsets
+        steps = tl.multiple_of(steps, UNIT)
+    return steps
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def tile_ptrs(ptr, rows, cols, stride_row, stride_col, UNIT: tl.constexpr, WIDE:
     UNIT divides each stride that is not the literal 1. Triton itself only tells strides that are multiples of 16
     from all others; with the hint a row length of 8·odd gets 16-byte loads too.
     """
-    return ptr + (_offsets(rows, stride_row, UNIT, WIDE)[:, None] + _offsets(cols, stride_col, UNIT, WIDE)[None, :])
+    return ptr + (offsets(rows, stride_row, UNIT, WIDE)[:, None] + offsets(cols, stride_col, UNIT, WIDE)[None, :])
 
 
 @triton.jit
@@ -161,23 +162,28 @@ def dot_rounded(a, b, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def keep_mask(seed_ptr, threshold, row, col, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The dropout mask of the ROWS×COLS tile at (row, col), True where an element is kept. 32 divides col and COLS.
+def keep_rows(seed_ptr, threshold, rows, col, ROWS: tl.constexpr, COLS: tl.constexpr, STREAM: tl.constexpr):
+    """The dropout mask of ROWS×COLS elements, `rows` of a matrix from `col` on, True where one is kept.
 
-    Element (row, col) owns a 16-bit word that depends on the seed and its own position alone, not on the tile, and is
-    kept if word >= threshold. One Philox call gives the words of eight columns: call 4b + t of a row has columns
-    32b + 8j + 2t + e, half e of its word j, for j < 4 and e < 2. Those are the columns that one thread holds in a
-    tensor-core accumulator, so a mask on an accumulator needs no exchange between threads.
+    32 divides col and COLS. Element (row, col) owns a 16-bit word that depends on the seed, its own position and
+    STREAM alone, not on the tile, and is kept if word >= threshold. One Philox call gives the words of eight columns:
+    call 4b + t of a row has columns 32b + 8j + 2t + e, half e of its word j, for j < 4 and e < 2. Those are the columns
+    that one thread holds in a tensor-core accumulator, so a mask on an accumulator needs no exchange between threads.
     """
-    rows = row + tl.arange(0, ROWS)[:, None]
     calls = col // 8 + tl.arange(0, COLS // 8)[None, :]
-    w0, w1, w2, w3 = tl.philox(tl.load(seed_ptr), calls, rows, 0, 0, PHILOX_ROUNDS)
+    w0, w1, w2, w3 = tl.philox(tl.load(seed_ptr), calls, rows[:, None], STREAM, 0, PHILOX_ROUNDS)
     words = tl.join(tl.join(w0, w1), tl.join(w2, w3))
     words = words.reshape(ROWS, COLS // 32, 4, 2, 2).permute(0, 1, 4, 3, 2)  # row, b, j // 2, j % 2, t
     words = words.reshape(ROWS, COLS // 2)
     # Shifted to the top of the word, both halves compare without being extracted.
     cutoff = threshold.to(tl.uint32) << 16
     return tl.join((words << 16) >= cutoff, words >= cutoff).reshape(ROWS, COLS)
+
+
+@triton.jit
+def keep_mask(seed_ptr, threshold, row, col, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """`keep_rows` of the ROWS×COLS tile at (row, col)."""
+    return keep_rows(seed_ptr, threshold, row + tl.arange(0, ROWS), col, ROWS, COLS, 0)
 
 
 @triton.jit

@@ -1,0 +1,361 @@
+"""Attention over a trained prefix and the sequence itself (Li & Liang 2021), forward and backward.
+
+Shapes: query q, y and dy (Z, H, S, DH), key k and value v (Z, H_KV, T, DH), prefix_key kp and prefix_value vp
+(H_KV, P, DH), the same for every sequence. Query head h reads key head h // (H / H_KV).
+
+    a = cap(scale · q kpᵀ)                           (Z, H, S, P)
+    b = cap(scale · q kᵀ) + attn_mask                (Z, H, S, T), -inf where a query may not see a key
+    w = softmax([a, b])                              one softmax over both, lse its log Σ exp
+    y = drop(w) [vp; v]
+    w = [gate · softmax(a), softmax(b)]              with a gate (H,) (Zhang et al. 2023), a lse each
+
+cap(l) = softcap · tanh(l / softcap), or l. With c = 1 / (1 - p) and δ = Σ_DH dy∘y (for own and prefix apart where there
+is a gate: δp = c · Σ_P softmax(a)∘mask∘dy vpᵀ and δ = Σ_DH dy∘y - gate · δp):
+
+    dv = c · (mask∘w)ᵀ dy,  dl = w∘(c · mask∘(dy vᵀ) - δ)∘cap'
+    dq = scale · dl [kp; k],  dk = scale · dlᵀ q,  dgate = Σ δp
+
+Saved: the inputs, y and lse; never a probability or a mask. A tile of keys meets the queries of all heads that share
+it. Everything accumulates in fp32 (fp64 for fp64); a fp32 prefix beside 16 bits is rounded to 16 bits, as peft does,
+and its gradient is summed and stored in fp32. In backward one kernel gives δ and dq, one dk and dv, and one the
+prefix's gradients as partial sums over the batch and the queries, which a second pass adds in order: no atomics.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ._launch import Tile, chip, launch, needs_int64, precision, unit
+from .prefix_backward import attention_dkv_kernel, attention_dq_kernel, sum_prefix_grads_kernel
+from .prefix_forward import attention_fwd_kernel, attention_mask_kernel
+from .prefix_tile import OWN, PREFIX
+from .skinny import _accumulator, _chunks
+
+
+def _features_first(x: Tensor) -> Tensor:
+    """x, copied only where the features of a row do not lie side by side."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _empty_heads(like: Tensor) -> Tensor:
+    """Fresh memory laid out (Z, S, H, DH), seen as (Z, H, S, DH): what projections before and after take as a view."""
+    Z, H, S, DH = like.shape
+    return torch.empty((Z, S, H, DH), dtype=like.dtype, device=like.device).transpose(1, 2)
+
+
+def _block(length: int, most: int, least: int) -> int:
+    return max(least, min(most, triton.next_power_of_2(length)))
+
+
+# As in `_launch` the largest tiles that ptxas compiles without stack or spills, which
+# tests/test_codegen_prefix_attention.py holds them to; read off compiled code, not timed. (rows, keys, warps) by the
+# padded head size; "wide" are chips with room for the operands of wgmma or tcgen05.
+_TILES = {
+    "fwd": {
+        "fp32": {64: (32, 32, 8), 128: (32, 32, 8), 256: (16, 32, 8)},
+        "wide": {64: (128, 64, 8), 128: (128, 64, 8), 256: (64, 32, 8)},
+        "sm80": {64: (128, 64, 8), 128: (64, 64, 8), 256: (64, 32, 8)},
+        "sm86": {64: (128, 64, 8), 128: (64, 64, 8), 256: (32, 32, 8)},
+        "gfx9": {64: (128, 32, 4), 128: (128, 32, 4), 256: (64, 32, 4)},
+    },
+    "dq": {
+        "fp32": {64: (32, 32, 8), 128: (32, 32, 8), 256: (16, 32, 8)},
+        "wide": {64: (128, 64, 8), 128: (128, 32, 8), 256: (64, 32, 8)},
+        "sm80": {64: (128, 32, 8), 128: (64, 32, 8), 256: (32, 32, 8)},
+        "sm86": {64: (128, 32, 8), 128: (64, 32, 8), 256: (32, 32, 8)},
+        "gfx9": {64: (64, 32, 4), 128: (64, 32, 8), 256: (32, 32, 8)},
+    },
+    "dkv": {
+        "fp32": {64: (32, 32, 8), 128: (32, 32, 8), 256: (16, 32, 8)},
+        "wide": {64: (64, 64, 8), 128: (64, 64, 8), 256: (32, 32, 8)},
+        "sm80": {64: (32, 64, 4), 128: (32, 64, 8), 256: (32, 32, 8)},
+        "sm86": {64: (32, 64, 4), 128: (32, 64, 8), 256: (32, 32, 8)},
+        "gfx9": {64: (32, 64, 4), 128: (32, 64, 8), 256: (32, 32, 8)},
+    },
+}
+
+
+def _tile(kernel: str, query: Tensor, BLOCK_D: int, crowded: bool) -> Tile:
+    """A block of rows and a block of keys. `crowded` calls, with a cap or a gate, hold more in registers."""
+    kind = chip(query.device)
+    if kind == "interpreter":
+        return Tile(64, 64, 0, 0, 4, 1)
+    if query.element_size() > 2:
+        rows, keys, warps = _TILES[kernel]["fp32"][max(64, BLOCK_D)]
+        return Tile(rows, keys, 0, 0, warps, 1)
+    wide = kind in ("sm90", "sm100")
+    rows, keys, warps = _TILES[kernel]["wide" if wide else kind][max(64, BLOCK_D)]
+    if crowded and wide and (kernel, BLOCK_D) in (("dq", 256), ("dkv", 128)):
+        rows = 32
+    return Tile(rows, keys, 0, 0, warps, 1 if kind == "gfx9" else 2)
+
+
+class _Call:
+    """The arguments that the kernels of one call share."""
+
+    def __init__(self, query, key, value, prefix_key, prefix_value, attn_mask, gate, options):
+        (self.Z, self.H, self.S, self.DH), (self.H_KV, self.P) = query.shape, prefix_key.shape[:2]
+        self.T = key.shape[2]
+        self.group = self.H // self.H_KV
+        self.inputs = [_features_first(x) for x in (query, key, value, prefix_key, prefix_value)]
+        self.mask = None if attn_mask is None else attn_mask.expand(self.Z, self.H, self.S, self.T)
+        self.block_d = max(16, triton.next_power_of_2(self.DH))
+        scale, softcap, window = options["scale"], options["softcap"], options["sliding_window"]
+        self.factors = (1.0 if softcap is None else scale / softcap, scale if softcap is None else softcap)
+        # A window as long as both sequences hides nothing; neither does a longer one, which 32 bits may not hold.
+        self.window = None if window is None else min(window, self.S + self.T)
+        self.sizes = (self.Z, self.S, self.T, self.P, self.H_KV, self.window)
+        self.mask_strides = (0, 0, 0, 0) if self.mask is None else self.mask.stride()
+        self.crowded = softcap is not None or gate is not None
+        self.constants: dict[str, Any] = {
+            "CAUSAL": options["is_causal"],
+            "SOFTCAP": softcap is not None,
+            "MASK_BY_ROW": self.mask_strides[1:3] != (0, 0),
+            "DH": self.DH,
+            "GROUP": self.group,
+            "BLOCK_D": self.block_d,
+            "MASK_UNIT": unit(*self.mask_strides[1:]),
+            "PRECISION": precision(query.dtype),
+        }
+
+    def tile(self, kernel: str) -> Tile:
+        return _tile(kernel, self.inputs[0], self.block_d, self.crowded)
+
+    def blocks(self, tile: Tile) -> dict[str, int]:
+        return {
+            "BLOCK_M": _block(self.S * self.group, tile.rows, 16),
+            "BLOCK_N": tile.cols,
+            "BLOCK_P": _block(self.P, tile.cols, 32),
+        }
+
+    def strides(self, *tensors: Tensor) -> list[int]:
+        """Of all dimensions but the last."""
+        return [stride for tensor in tensors for stride in tensor.stride()[:-1]]
+
+    def addressing(self, *tensors: Tensor) -> dict[str, Any]:
+        """Batch and key head are 64-bit numbers everywhere: what counts is the distance inside one sequence."""
+        tensors = (*self.inputs, *tensors)
+        sequences = [tensor[:1] for tensor in tensors] + ([] if self.mask is None else [self.mask[:1]])
+        return {"UNIT": unit(*self.strides(*tensors)), "WIDE": needs_int64(*sequences)}
+
+
+def attention_fwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    attn_mask: Tensor | None,
+    gate: Tensor | None,
+    threshold: int,
+    seed: Tensor | None,
+    *,
+    is_causal: bool,
+    sliding_window: int | None,
+    softcap: float | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(y, lse): y (Z, H, S, DH) in (Z, S, H, DH) memory, lse (1, Z, H, S), with a gate (2, Z, H, S): own and prefix.
+
+    Drops where a 16-bit word is below `threshold`.
+    """
+    options = {"is_causal": is_causal, "sliding_window": sliding_window, "softcap": softcap, "scale": scale}
+    call = _Call(query, key, value, prefix_key, prefix_value, attn_mask, gate, options)
+    y = _empty_heads(query)
+    shape = (1 if gate is None else 2, call.Z, call.H, call.S)
+    lse = torch.empty(shape, dtype=_accumulator(query.dtype), device=query.device)
+    tile = call.tile("fwd")
+    blocks = call.blocks(tile)
+    launch(
+        attention_fwd_kernel,
+        (triton.cdiv(call.S * call.group, blocks["BLOCK_M"]) * call.H_KV * call.Z,),
+        *call.inputs,
+        call.mask,
+        None if gate is None else gate.contiguous(),
+        y,
+        lse,
+        *call.factors,
+        seed if threshold else None,
+        threshold,
+        *call.sizes,
+        *call.strides(*call.inputs),
+        *call.mask_strides,
+        *call.strides(y),
+        **call.constants,
+        **blocks,
+        **call.addressing(y),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return y, lse
+
+
+def attention_bwd(
+    dy: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    attn_mask: Tensor | None,
+    gate: Tensor | None,
+    threshold: int,
+    seed: Tensor | None,
+    y: Tensor,
+    lse: Tensor,
+    *,
+    is_causal: bool,
+    sliding_window: int | None,
+    softcap: float | None,
+    scale: float,
+    needs: set[str],
+) -> dict[str, Tensor]:
+    """The gradients that `needs` names, each in its input's dtype."""
+    options = {"is_causal": is_causal, "sliding_window": sliding_window, "softcap": softcap, "scale": scale}
+    call = _Call(query, key, value, prefix_key, prefix_value, attn_mask, gate, options)
+    seed = seed if threshold else None
+    gate = None if gate is None else gate.contiguous()
+    dy, y = _features_first(dy), _features_first(y)
+    grads: dict[str, Tensor] = {}
+    delta = torch.empty_like(lse)
+    if needs - {"value", "prefix_value"}:
+        dq = _empty_heads(query) if "query" in needs else None
+        tile = call.tile("dq")
+        blocks = call.blocks(tile)
+        launch(
+            attention_dq_kernel,
+            (triton.cdiv(call.S * call.group, blocks["BLOCK_M"]) * call.H_KV * call.Z,),
+            dy,
+            *call.inputs,
+            call.mask,
+            gate,
+            y,
+            lse,
+            delta,
+            dq,
+            *call.factors,
+            scale,
+            seed,
+            threshold,
+            *call.sizes,
+            *call.strides(dy, *call.inputs),
+            *call.mask_strides,
+            *call.strides(y),
+            *((0, 0, 0) if dq is None else call.strides(dq)),
+            **call.constants,
+            **blocks,
+            **call.addressing(dy, y, *(() if dq is None else (dq,))),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+        grads["query"] = dq
+        if "gate" in needs:
+            grads["gate"] = (delta[1].sum((0, 2)) * (65536 / (65536 - threshold))).to(gate.dtype)
+    if needs & {"key", "value"}:
+        dk, dv = (_empty_heads(like) if name in needs else None for name, like in (("key", key), ("value", value)))
+        _launch_dkv(call, OWN, dy, gate, lse[0], delta[0], dk, dv, scale, seed, threshold, 0, call.Z)
+        grads["key"], grads["value"] = dk, dv
+    if needs & {"prefix_key", "prefix_value"}:
+        grads.update(_prefix_grads(call, dy, prefix_key, gate, lse[-1], delta[-1], scale, seed, threshold, needs))
+    return {name: grads[name] for name in needs}
+
+
+def _prefix_grads(call, dy, prefix_key, gate, lse, delta, scale, seed, threshold, needs) -> dict[str, Tensor]:
+    tile = call.tile("dkv")
+    block_n = _block(call.P, tile.cols, 32)
+    rows = triton.cdiv(call.S * call.group, _block(call.S * call.group, tile.rows, 16))
+    splits, steps = _chunks(call.Z * rows, 1, call.H_KV * triton.cdiv(call.P, block_n))
+    names = [name for name in ("prefix_key", "prefix_value") if name in needs]
+    shape = (len(names), splits, call.H_KV, call.P, call.DH)
+    partials = torch.empty(shape, dtype=lse.dtype, device=dy.device)
+    parts = dict(zip(names, partials, strict=True))
+    outs = {name: torch.empty(prefix_key.shape, dtype=prefix_key.dtype, device=dy.device) for name in names}
+    key, value = parts.get("prefix_key"), parts.get("prefix_value")
+    _launch_dkv(call, PREFIX, dy, gate, lse, delta, key, value, scale, seed, threshold, steps, splits)
+    size = prefix_key.numel()
+    launch(
+        sum_prefix_grads_kernel,
+        (triton.cdiv(size, 256),),
+        key,
+        value,
+        outs.get("prefix_key"),
+        outs.get("prefix_value"),
+        splits,
+        size,
+        size,
+        BLOCK=256,
+        num_warps=4,
+        num_stages=1,
+    )
+    return outs
+
+
+def _launch_dkv(call, segment, dy, gate, lse, delta, dk, dv, scale, seed, threshold, steps, parts) -> None:
+    """dk and dv of the own keys or the parts of the prefix's, laid out (parts, H_KV, keys, DH) alike."""
+    query, key, value, prefix_key, prefix_value = call.inputs
+    out = dk if dv is None else dv
+    if segment == OWN:
+        keys, values, mask = key, value, call.mask
+        strides = call.strides(key, value)
+    else:
+        keys, values, mask = prefix_key, prefix_value, None
+        strides = [0, *call.strides(prefix_key), 0, *call.strides(prefix_value)]
+    tile = call.tile("dkv")
+    block_n = _block(keys.shape[-2], tile.cols, 32)
+    launch(
+        attention_dkv_kernel,
+        (triton.cdiv(keys.shape[-2], block_n) * call.H_KV * parts,),
+        dy,
+        query,
+        keys,
+        values,
+        mask,
+        gate,
+        lse,
+        delta,
+        dk,
+        dv,
+        *call.factors,
+        scale,
+        seed,
+        threshold,
+        *call.sizes,
+        steps,
+        *call.strides(dy, query),
+        *strides,
+        *call.mask_strides,
+        *call.strides(out),
+        **call.constants,
+        SEGMENT=segment.value,
+        BLOCK_M=_block(call.S * call.group, tile.rows, 16),
+        BLOCK_N=block_n,
+        **call.addressing(dy, out),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def attention_dropout_mask(seed: Tensor, shape: tuple[int, int, int, int, int], threshold: int) -> Tensor:
+    """The mask of the attention weights, True where one is kept, (Z, H, S, P + T) for `shape` (Z, H, S, P, T)."""
+    Z, H, S, P, T = shape
+    out = torch.empty((Z, H, S, P + T), dtype=torch.bool, device=seed.device)
+    for segment, cols, part in ((PREFIX, P, out), (OWN, T, out[..., P:])):
+        launch(
+            attention_mask_kernel,
+            (triton.cdiv(Z * H * S, 64), triton.cdiv(cols, 128)),
+            part,
+            seed,
+            threshold,
+            Z * H * S,
+            cols,
+            P + T,
+            SEGMENT=segment.value,
+            BLOCK_M=64,
+            BLOCK_N=128,
+            WIDE=needs_int64(out),
+            num_warps=4,
+            num_stages=1,
+        )
+    return out

@@ -1,0 +1,349 @@
+"""Backward of prefix attention; formulas in `prefix_attention`."""
+
+import triton
+import triton.language as tl
+
+from ._tl import accumulator, cast, dot, keep_scale, offsets
+from .prefix_tile import (
+    OWN,
+    PREFIX,
+    base_2,
+    dropped,
+    exponential,
+    features,
+    head_gate,
+    in_units,
+    keys_seen,
+    logits,
+    place,
+    products,
+    queries_seeing,
+    query_rows,
+    store_features,
+)
+
+
+@triton.jit
+def _weights(x, lse, BASE_2: tl.constexpr):
+    """softmax from logits and lse in the same units; a row without a key, whose lse is -inf, has none."""
+    return exponential(x - tl.where(lse == float("-inf"), 0.0, lse)[:, None], BASE_2)
+
+
+@triton.jit
+def _logit_grad(w, dw, delta, slope, DTYPE: tl.constexpr):
+    """dl / c = w∘(dw - δ / c)∘cap', in DTYPE; dw is masked dy vᵀ."""
+    return cast(w * (dw - delta[:, None]) * slope, DTYPE)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def attention_dq_kernel(
+    dy_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    pk_ptr,
+    pv_ptr,
+    mask_ptr,
+    gate_ptr,
+    y_ptr,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    inner: tl.float64,
+    outer: tl.float64,
+    scale: tl.float64,
+    seed_ptr,
+    threshold,
+    Z,
+    S,
+    T,
+    P,
+    H_KV,
+    window,
+    stride_dyz,
+    stride_dyh,
+    stride_dys,
+    stride_qz,
+    stride_qh,
+    stride_qs,
+    stride_kz,
+    stride_kh,
+    stride_kt,
+    stride_vz,
+    stride_vh,
+    stride_vt,
+    stride_pkh,
+    stride_pkp,
+    stride_pvh,
+    stride_pvp,
+    stride_mz,
+    stride_mh,
+    stride_ms,
+    stride_mt,
+    stride_yz,
+    stride_yh,
+    stride_ys,
+    stride_dqz,
+    stride_dqh,
+    stride_dqs,
+    CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASK_BY_ROW: tl.constexpr,
+    DH: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UNIT: tl.constexpr,
+    MASK_UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dq of a block of rows, and δ / c of each, laid out as lse: what dk, dv and the prefix's gradients take."""
+    X_DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = accumulator(X_DTYPE)
+    BASE_2: tl.constexpr = base_2(X_DTYPE)
+    GATED: tl.constexpr = gate_ptr is not None
+    # Ordinary cores take operands from registers, where q and dy would stay through the loops as first operands.
+    KEYS_FIRST: tl.constexpr = X_DTYPE == DTYPE
+    CONFIG: tl.constexpr = (CAUSAL, SOFTCAP, MASK_BY_ROW, MASK_UNIT, WIDE, GATED, PRECISION, KEYS_FIRST)
+    blocks = tl.cdiv(S * GROUP, BLOCK_M)
+    block, kv_head, z = place(tl.program_id(0), blocks, H_KV)
+    block = blocks - 1 - block
+    i, h = query_rows(block, kv_head, GROUP, BLOCK_M)
+    valid = i < S
+    rows = (z * H_KV * GROUP + h) * S + i
+    segment = Z.to(tl.int64) * (H_KV * GROUP * S)
+    z = z.to(tl.int64)
+    kv_head = kv_head.to(tl.int64)
+    sizes = (S, T, P, window)
+    factors = (inner, outer)
+    mask = (mask_ptr, stride_mh, stride_ms, stride_mt)
+    if mask_ptr is not None:
+        mask = (mask_ptr + z * stride_mz, stride_mh, stride_ms, stride_mt)
+    k_ptr += z * stride_kz + kv_head * stride_kh
+    v_ptr += z * stride_vz + kv_head * stride_vh
+    pk_ptr += kv_head * stride_pkh
+    pv_ptr += kv_head * stride_pvh
+    lse_ptr += z * (H_KV * GROUP * S)
+    delta_ptr += z * (H_KV * GROUP * S)
+    stats = h * S + i
+
+    dy_offs = offsets(h, stride_dyh, UNIT, WIDE) + offsets(i, stride_dys, UNIT, WIDE)
+    dy = features(dy_ptr + z * stride_dyz, dy_offs, valid, X_DTYPE, DH, BLOCK_D)
+    y_offs = offsets(h, stride_yh, UNIT, WIDE) + offsets(i, stride_ys, UNIT, WIDE)
+    y = features(y_ptr + z * stride_yz, y_offs, valid, X_DTYPE, DH, BLOCK_D)
+    delta = tl.sum(dy.to(DTYPE) * y.to(DTYPE), 1)
+    factor = tl.full((), scale, DTYPE)
+    if seed_ptr is not None:
+        delta /= keep_scale(threshold, DTYPE)
+        factor *= keep_scale(threshold, DTYPE)
+    if gate_ptr is not None or dq_ptr is not None:
+        q_offs = offsets(h, stride_qh, UNIT, WIDE) + offsets(i, stride_qs, UNIT, WIDE)
+        q = features(q_ptr + z * stride_qz, q_offs, valid, X_DTYPE, DH, BLOCK_D)
+        lse = in_units(tl.load(lse_ptr + stats, mask=valid, other=0.0), BASE_2)
+        prefix_lse = lse
+    prefix_delta = delta
+    if gate_ptr is not None:
+        prefix_lse = in_units(tl.load(lse_ptr + segment + stats, mask=valid, other=0.0), BASE_2)
+        prefix_delta = tl.zeros((BLOCK_M,), DTYPE)
+        total = tl.zeros((BLOCK_M,), DTYPE)
+        gate = head_gate(gate_ptr, h, DTYPE)
+        for col in range(0, P, BLOCK_P):
+            p = col + tl.arange(0, BLOCK_P)
+            k = features(pk_ptr, offsets(p, stride_pkp, UNIT, WIDE), p < P, X_DTYPE, DH, BLOCK_D)
+            v = features(pv_ptr, offsets(p, stride_pvp, UNIT, WIDE), p < P, X_DTYPE, DH, BLOCK_D)
+            x, _ = logits(q, k, i, h, col, sizes, factors, mask, PREFIX, CONFIG)
+            dw = products(dy, v, DTYPE, KEYS_FIRST, PRECISION)
+            dw = dropped(dw, seed_ptr, threshold, rows, col, PREFIX)
+            w = _weights(x, prefix_lse, BASE_2)
+            prefix_delta += tl.sum(w * dw, 1)
+            total += tl.sum(w, 1)
+        # Nearly 1. What lse's rounding adds to each weight would otherwise not cancel in Σ dl, and large keys show it.
+        prefix_delta /= total
+        tl.store(delta_ptr + segment + stats, prefix_delta, mask=valid)
+        delta -= gate * prefix_delta
+    tl.store(delta_ptr + stats, delta, mask=valid)
+
+    if dq_ptr is not None:
+        dq = tl.zeros((BLOCK_M, BLOCK_D), DTYPE)
+        for col in range(0, P, BLOCK_P):
+            p = col + tl.arange(0, BLOCK_P)
+            k = features(pk_ptr, offsets(p, stride_pkp, UNIT, WIDE), p < P, X_DTYPE, DH, BLOCK_D)
+            v = features(pv_ptr, offsets(p, stride_pvp, UNIT, WIDE), p < P, X_DTYPE, DH, BLOCK_D)
+            x, slope = logits(q, k, i, h, col, sizes, factors, mask, PREFIX, CONFIG)
+            w = _weights(x, prefix_lse, BASE_2)
+            if gate_ptr is not None:
+                w *= gate[:, None]
+            dw = products(dy, v, DTYPE, KEYS_FIRST, PRECISION)
+            dw = dropped(dw, seed_ptr, threshold, rows, col, PREFIX)
+            dq = dot(_logit_grad(w, dw, prefix_delta, slope, X_DTYPE), k, dq, PRECISION)
+        last = min(S - 1, ((block + 1) * BLOCK_M - 1) // GROUP)
+        start, end = keys_seen(block * BLOCK_M // GROUP, last, sizes, CAUSAL, BLOCK_N)
+        for col in range(start, end, BLOCK_N):
+            j = col + tl.arange(0, BLOCK_N)
+            k = features(k_ptr, offsets(j, stride_kt, UNIT, WIDE), j < T, X_DTYPE, DH, BLOCK_D)
+            v = features(v_ptr, offsets(j, stride_vt, UNIT, WIDE), j < T, X_DTYPE, DH, BLOCK_D)
+            x, slope = logits(q, k, i, h, col, sizes, factors, mask, OWN, CONFIG)
+            dw = products(dy, v, DTYPE, KEYS_FIRST, PRECISION)
+            dw = dropped(dw, seed_ptr, threshold, rows, col, OWN)
+            dq = dot(_logit_grad(_weights(x, lse, BASE_2), dw, delta, slope, X_DTYPE), k, dq, PRECISION)
+        # dq = scale · dl [kp; k]
+        dq_offs = offsets(h, stride_dqh, UNIT, WIDE) + offsets(i, stride_dqs, UNIT, WIDE)
+        store_features(dq_ptr + z * stride_dqz, dq_offs, valid, dq * factor, DH, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def attention_dkv_kernel(
+    dy_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    gate_ptr,
+    lse_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    inner: tl.float64,
+    outer: tl.float64,
+    scale: tl.float64,
+    seed_ptr,
+    threshold,
+    Z,
+    S,
+    T,
+    P,
+    H_KV,
+    window,
+    steps,
+    stride_dyz,
+    stride_dyh,
+    stride_dys,
+    stride_qz,
+    stride_qh,
+    stride_qs,
+    stride_kz,
+    stride_kh,
+    stride_kn,
+    stride_vz,
+    stride_vh,
+    stride_vn,
+    stride_mz,
+    stride_mh,
+    stride_ms,
+    stride_mt,
+    stride_dz,
+    stride_dh,
+    stride_dn,
+    SEGMENT: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASK_BY_ROW: tl.constexpr,
+    DH: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UNIT: tl.constexpr,
+    MASK_UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dk and dv of a block of keys of one segment: sums over the queries of all heads that share a key head.
+
+    Own keys: of one sequence. The prefix: the part, in fp32, that `steps` blocks of rows of the whole batch give; the
+    parts lie stride_dz apart. dk and dv have the same strides.
+    """
+    X_DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = accumulator(X_DTYPE)
+    BASE_2: tl.constexpr = base_2(X_DTYPE)
+    GATED: tl.constexpr = gate_ptr is not None
+    CONFIG: tl.constexpr = (CAUSAL, SOFTCAP, MASK_BY_ROW, MASK_UNIT, WIDE, GATED, PRECISION, True)
+    N = T if SEGMENT == OWN else P
+    blocks = tl.cdiv(S * GROUP, BLOCK_M)
+    block_n, kv_head, part = place(tl.program_id(0), tl.cdiv(N, BLOCK_N), H_KV)
+    col = block_n * BLOCK_N
+    n = col + tl.arange(0, BLOCK_N)
+    inside = n < N
+    sizes = (S, T, P, window)
+    factors = (inner, outer)
+    if SEGMENT == OWN:
+        start, end = queries_seeing(col, min(col + BLOCK_N, T) - 1, sizes, CAUSAL)
+        first = start * GROUP // BLOCK_M
+        last = tl.cdiv(end * GROUP, BLOCK_M)
+        k_ptr += part.to(tl.int64) * stride_kz
+        v_ptr += part.to(tl.int64) * stride_vz
+    else:
+        first = part * steps
+        last = min(first + steps, Z * blocks)
+    k_ptr += kv_head.to(tl.int64) * stride_kh
+    v_ptr += kv_head.to(tl.int64) * stride_vh
+    k = features(k_ptr, offsets(n, stride_kn, UNIT, WIDE), inside, X_DTYPE, DH, BLOCK_D)
+    if dk_ptr is not None:
+        v = features(v_ptr, offsets(n, stride_vn, UNIT, WIDE), inside, X_DTYPE, DH, BLOCK_D)
+
+    dk = tl.zeros((BLOCK_N, BLOCK_D), DTYPE)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), DTYPE)
+    for step in range(first, last):
+        block = step
+        z = part
+        if SEGMENT == PREFIX:
+            block = step % blocks
+            z = step // blocks
+        i, h = query_rows(block, kv_head, GROUP, BLOCK_M)
+        valid = i < S
+        rows = (z * H_KV * GROUP + h) * S + i
+        z = z.to(tl.int64)
+        stats = z * (H_KV * GROUP * S) + h * S + i
+        mask = (mask_ptr, stride_mh, stride_ms, stride_mt)
+        if mask_ptr is not None:
+            mask = (mask_ptr + z * stride_mz, stride_mh, stride_ms, stride_mt)
+        q_offs = offsets(h, stride_qh, UNIT, WIDE) + offsets(i, stride_qs, UNIT, WIDE)
+        q = features(q_ptr + z * stride_qz, q_offs, valid, X_DTYPE, DH, BLOCK_D)
+        dy_offs = offsets(h, stride_dyh, UNIT, WIDE) + offsets(i, stride_dys, UNIT, WIDE)
+        dy = features(dy_ptr + z * stride_dyz, dy_offs, valid, X_DTYPE, DH, BLOCK_D)
+
+        x, slope = logits(q, k, i, h, col, sizes, factors, mask, SEGMENT, CONFIG)
+        w = _weights(x, in_units(tl.load(lse_ptr + stats, mask=valid, other=0.0), BASE_2), BASE_2)
+        if gate_ptr is not None and SEGMENT == PREFIX:
+            w *= head_gate(gate_ptr, h, DTYPE)[:, None]
+        if dv_ptr is not None:
+            # dv = c · (mask∘w)ᵀ dy
+            kept = cast(dropped(w, seed_ptr, threshold, rows, col, SEGMENT), X_DTYPE)
+            dv = dot(tl.trans(kept), dy, dv, PRECISION)
+        if dk_ptr is not None:
+            dw = products(dy, v, DTYPE, True, PRECISION)
+            dw = dropped(dw, seed_ptr, threshold, rows, col, SEGMENT)
+            delta = tl.load(delta_ptr + stats, mask=valid, other=0.0)
+            # dk = scale · dlᵀ q
+            dk = dot(tl.trans(_logit_grad(w, dw, delta, slope, X_DTYPE)), q, dk, PRECISION)
+
+    keep = tl.full((), 1.0, DTYPE)
+    if seed_ptr is not None:
+        keep = keep_scale(threshold, DTYPE)
+    out = part.to(tl.int64) * stride_dz + kv_head.to(tl.int64) * stride_dh
+    out_offs = offsets(n, stride_dn, UNIT, WIDE)
+    if dk_ptr is not None:
+        factor = keep * tl.full((), scale, DTYPE)
+        store_features(dk_ptr + out, out_offs, inside, dk * factor, DH, BLOCK_D)
+    if dv_ptr is not None:
+        store_features(dv_ptr + out, out_offs, inside, dv * keep, DH, BLOCK_D)
+
+
+@triton.jit
+def sum_prefix_grads_kernel(dk_parts_ptr, dv_parts_ptr, dk_ptr, dv_ptr, count, size, stride, BLOCK: tl.constexpr):
+    """dk and dv (size,) of the prefix, each the sum of its `count` parts in order; the parts lie `stride` apart."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < size
+    if dk_ptr is not None:
+        acc = tl.zeros((BLOCK,), dk_parts_ptr.dtype.element_ty)
+        for part in range(count):
+            acc += tl.load(dk_parts_ptr + tl.cast(part, tl.int64) * stride + index, mask=inside, other=0.0)
+        tl.store(dk_ptr + index, cast(acc, dk_ptr.dtype.element_ty), mask=inside)
+    if dv_ptr is not None:
+        acc = tl.zeros((BLOCK,), dv_parts_ptr.dtype.element_ty)
+        for part in range(count):
+            acc += tl.load(dv_parts_ptr + tl.cast(part, tl.int64) * stride + index, mask=inside, other=0.0)
+        tl.store(dv_ptr + index, cast(acc, dv_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,196 @@
+"""Forward of prefix attention and its dropout mask; formulas in `prefix_attention`."""
+
+import triton
+import triton.language as tl
+
+from ._tl import accumulator, cast, dot, keep_rows, keep_scale, offsets, tile_ptrs
+from .prefix_tile import (
+    OWN,
+    PREFIX,
+    base_2,
+    dropped,
+    exponential,
+    features,
+    head_gate,
+    keys_seen,
+    log_sum,
+    logits,
+    natural,
+    place,
+    query_rows,
+    store_features,
+)
+
+
+@triton.jit
+def _attend(acc, top, total, x, v, seed_ptr, threshold, rows, col, SEGMENT: tl.constexpr, PRECISION: tl.constexpr):
+    """One step of the online softmax: acc = Σ drop(exp(x - top)) v, total = Σ exp(x - top), top = max x so far."""
+    BASE_2: tl.constexpr = base_2(v.dtype)
+    new = tl.maximum(top, tl.max(x, 1))
+    base = tl.where(new == float("-inf"), 0.0, new)
+    p = exponential(x - base[:, None], BASE_2)
+    shrink = exponential(top - base, BASE_2)
+    total = total * shrink + tl.sum(p, 1)
+    p = cast(dropped(p, seed_ptr, threshold, rows, col, SEGMENT), v.dtype)
+    return dot(p, v, acc * shrink[:, None], PRECISION), new, total
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def attention_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    pk_ptr,
+    pv_ptr,
+    mask_ptr,
+    gate_ptr,
+    y_ptr,
+    lse_ptr,
+    inner: tl.float64,
+    outer: tl.float64,
+    seed_ptr,
+    threshold,
+    Z,
+    S,
+    T,
+    P,
+    H_KV,
+    window,
+    stride_qz,
+    stride_qh,
+    stride_qs,
+    stride_kz,
+    stride_kh,
+    stride_kt,
+    stride_vz,
+    stride_vh,
+    stride_vt,
+    stride_pkh,
+    stride_pkp,
+    stride_pvh,
+    stride_pvp,
+    stride_mz,
+    stride_mh,
+    stride_ms,
+    stride_mt,
+    stride_yz,
+    stride_yh,
+    stride_ys,
+    CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASK_BY_ROW: tl.constexpr,
+    DH: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UNIT: tl.constexpr,
+    MASK_UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """y and lse of one block of rows: the queries of the heads that share a key head.
+
+    lse (Z, H, S) is the joint one; with a gate it is (2, Z, H, S), own and prefix.
+    """
+    X_DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = accumulator(X_DTYPE)
+    BASE_2: tl.constexpr = base_2(X_DTYPE)
+    GATED: tl.constexpr = gate_ptr is not None
+    # As in backward.
+    KEYS_FIRST: tl.constexpr = X_DTYPE == DTYPE
+    CONFIG: tl.constexpr = (CAUSAL, SOFTCAP, MASK_BY_ROW, MASK_UNIT, WIDE, GATED, PRECISION, KEYS_FIRST)
+    blocks = tl.cdiv(S * GROUP, BLOCK_M)
+    block, kv_head, z = place(tl.program_id(0), blocks, H_KV)
+    # The last blocks see most keys under a causal mask: they start first.
+    block = blocks - 1 - block
+    i, h = query_rows(block, kv_head, GROUP, BLOCK_M)
+    valid = i < S
+    rows = (z * H_KV * GROUP + h) * S + i
+    z = z.to(tl.int64)
+    kv_head = kv_head.to(tl.int64)
+    sizes = (S, T, P, window)
+    factors = (inner, outer)
+    mask = (mask_ptr, stride_mh, stride_ms, stride_mt)
+    if mask_ptr is not None:
+        mask = (mask_ptr + z * stride_mz, stride_mh, stride_ms, stride_mt)
+    k_ptr += z * stride_kz + kv_head * stride_kh
+    v_ptr += z * stride_vz + kv_head * stride_vh
+    pk_ptr += kv_head * stride_pkh
+    pv_ptr += kv_head * stride_pvh
+
+    q_offs = offsets(h, stride_qh, UNIT, WIDE) + offsets(i, stride_qs, UNIT, WIDE)
+    q = features(q_ptr + z * stride_qz, q_offs, valid, X_DTYPE, DH, BLOCK_D)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), DTYPE)
+    top = tl.full((BLOCK_M,), float("-inf"), DTYPE)
+    total = tl.zeros((BLOCK_M,), DTYPE)
+    if gate_ptr is None:
+        for col in range(0, P, BLOCK_P):
+            p = col + tl.arange(0, BLOCK_P)
+            k = features(pk_ptr, offsets(p, stride_pkp, UNIT, WIDE), p < P, X_DTYPE, DH, BLOCK_D)
+            x, _ = logits(q, k, i, h, col, sizes, factors, mask, PREFIX, CONFIG)
+            v = features(pv_ptr, offsets(p, stride_pvp, UNIT, WIDE), p < P, X_DTYPE, DH, BLOCK_D)
+            acc, top, total = _attend(acc, top, total, x, v, seed_ptr, threshold, rows, col, PREFIX, PRECISION)
+    last = min(S - 1, ((block + 1) * BLOCK_M - 1) // GROUP)
+    start, end = keys_seen(block * BLOCK_M // GROUP, last, sizes, CAUSAL, BLOCK_N)
+    for col in range(start, end, BLOCK_N):
+        j = col + tl.arange(0, BLOCK_N)
+        k = features(k_ptr, offsets(j, stride_kt, UNIT, WIDE), j < T, X_DTYPE, DH, BLOCK_D)
+        x, _ = logits(q, k, i, h, col, sizes, factors, mask, OWN, CONFIG)
+        v = features(v_ptr, offsets(j, stride_vt, UNIT, WIDE), j < T, X_DTYPE, DH, BLOCK_D)
+        acc, top, total = _attend(acc, top, total, x, v, seed_ptr, threshold, rows, col, OWN, PRECISION)
+    total = tl.where(top == float("-inf"), 1.0, total)
+    acc /= total[:, None]
+
+    lse_ptr += z * (H_KV * GROUP * S)
+    tl.store(lse_ptr + h * S + i, natural(log_sum(top, total, BASE_2), BASE_2), mask=valid)
+    if gate_ptr is not None:
+        top = tl.full((BLOCK_M,), float("-inf"), DTYPE)
+        total = tl.zeros((BLOCK_M,), DTYPE)
+        for col in range(0, P, BLOCK_P):
+            p = col + tl.arange(0, BLOCK_P)
+            k = features(pk_ptr, offsets(p, stride_pkp, UNIT, WIDE), p < P, X_DTYPE, DH, BLOCK_D)
+            x, _ = logits(q, k, i, h, col, sizes, factors, mask, PREFIX, CONFIG)
+            new = tl.maximum(top, tl.max(x, 1))
+            total *= exponential(top - new, BASE_2)
+            total += tl.sum(exponential(x - new[:, None], BASE_2), 1)
+            top = new
+        lse = log_sum(top, total, BASE_2)
+        tl.store(lse_ptr + Z.to(tl.int64) * (H_KV * GROUP * S) + h * S + i, natural(lse, BASE_2), mask=valid)
+        # With its softmax known, the prefix's part adds to the same accumulator: a second one would not fit.
+        gate = head_gate(gate_ptr, h, DTYPE)
+        for col in range(0, P, BLOCK_P):
+            p = col + tl.arange(0, BLOCK_P)
+            k = features(pk_ptr, offsets(p, stride_pkp, UNIT, WIDE), p < P, X_DTYPE, DH, BLOCK_D)
+            x, _ = logits(q, k, i, h, col, sizes, factors, mask, PREFIX, CONFIG)
+            v = features(pv_ptr, offsets(p, stride_pvp, UNIT, WIDE), p < P, X_DTYPE, DH, BLOCK_D)
+            weight = exponential(x - lse[:, None], BASE_2) * gate[:, None]
+            weight = cast(dropped(weight, seed_ptr, threshold, rows, col, PREFIX), X_DTYPE)
+            acc = dot(weight, v, acc, PRECISION)
+    if seed_ptr is not None:
+        acc *= keep_scale(threshold, DTYPE)
+    y_offs = offsets(h, stride_yh, UNIT, WIDE) + offsets(i, stride_ys, UNIT, WIDE)
+    store_features(y_ptr + z * stride_yz, y_offs, valid, acc, DH, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def attention_mask_kernel(
+    out_ptr,
+    seed_ptr,
+    threshold,
+    ROWS,
+    COLS,
+    stride_row,
+    SEGMENT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """The dropout mask of one segment."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = tl.program_id(1) * BLOCK_N
+    cols = col + tl.arange(0, BLOCK_N)
+    keep = keep_rows(seed_ptr, threshold, rows, col, BLOCK_M, BLOCK_N, SEGMENT)
+    mask = (rows < ROWS)[:, None] & (cols < COLS)[None, :]
+    tl.store(tile_ptrs(out_ptr, rows, cols, stride_row, 1, 1, WIDE), keep, mask=mask)

@@ -1,0 +1,417 @@
+"""The Triton prefix attention against the float64 reference, in the interpreter where there is no GPU."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget
+
+from peft_fast import reference
+from peft_fast.kernels import prefix_attention
+from peft_fast.kernels._launch import Tile, recording
+from peft_fast.kernels.prefix_attention import attention_bwd, attention_dropout_mask, attention_fwd
+from peft_fast.testing import PrefixAttentionInputs, assert_within_budget, prefix_attention_inputs
+
+SEED = 0x5EED_0F_D20F_0075
+# (the sequence, the prefix)
+DTYPES = {
+    "fp64": (torch.float64, torch.float64),
+    "fp32": (torch.float32, torch.float32),
+    "fp16": (torch.float16, torch.float16),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp16-fp32": (torch.float16, torch.float32),
+    "bf16-fp32": (torch.bfloat16, torch.float32),
+}
+
+
+@dataclass
+class Case:
+    """The tensors of one call and how it is made."""
+
+    inputs: PrefixAttentionInputs
+    attn_mask: Tensor | None = None
+    p: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs(self) -> set[str]:
+        return set(self.inputs.leaves())
+
+
+def make_case(
+    Z,
+    H,
+    H_KV,
+    S,
+    T,
+    P,
+    DH,
+    *,
+    dtypes="fp32",
+    gate=False,
+    mask=None,
+    p=0.0,
+    causal=False,
+    window=None,
+    softcap=None,
+    scale=None,
+    device="cpu",
+    seed=0,
+) -> Case:
+    """`mask` is the name of a mask in `make_mask`."""
+    dtype, prefix_dtype = DTYPES[dtypes]
+    inputs = prefix_attention_inputs(
+        Z, H, H_KV, S, T, P, DH, dtype=dtype, prefix_dtype=prefix_dtype, gate=gate, device=device, seed=seed
+    )
+    options = {
+        "is_causal": causal,
+        "sliding_window": window,
+        "softcap": softcap,
+        "scale": DH**-0.5 if scale is None else scale,
+    }
+    return Case(inputs, None if mask is None else make_mask(mask, Z, H, S, T, dtype, device), p, options)
+
+
+def make_mask(name: str, Z: int, H: int, S: int, T: int, dtype: torch.dtype, device: str) -> Tensor:
+    """Padding on both sides, of everything in the first sequence's first query; as bool, additive, or a bias."""
+    generator = torch.Generator().manual_seed(1)
+    keep = torch.ones(Z, 1, S, T, dtype=torch.bool, device=device)
+    keep[:1, :, :, : T // 3] = False
+    keep[-1:, :, :, T - T // 4 :] = False
+    if name == "keys":
+        return keep[:, :, :1]
+    keep[:1, :, :1] = False
+    if name == "bool":
+        return keep
+    if name == "bias":
+        return torch.randn(1, H, S, T, generator=generator).to(device=device, dtype=dtype)
+    lowest = {"-inf": -torch.inf, "min": torch.finfo(dtype).min}[name]
+    return torch.zeros(keep.shape, dtype=dtype, device=device).masked_fill(~keep, lowest)
+
+
+def seed_and_threshold(case: Case) -> tuple[Tensor | None, int]:
+    threshold = reference.drop_threshold(case.p)
+    return torch.tensor([SEED], device=case.inputs.dy.device) if threshold else None, threshold
+
+
+def arguments(case: Case) -> tuple:
+    """The launchers' common arguments."""
+    seed, threshold = seed_and_threshold(case)
+    x = case.inputs
+    return (x.query, x.key, x.value, x.prefix_key, x.prefix_value, case.attn_mask, x.gate, threshold, seed)
+
+
+def run(case: Case, needs: set[str] | None = None) -> dict[str, Tensor]:
+    """Every result of the kernels by name: y, lse and the gradients that `needs` names, all where it is not given."""
+    needs = case.needs if needs is None else needs
+    y, lse = attention_fwd(*arguments(case), **case.options)
+    grads = attention_bwd(case.inputs.dy, *arguments(case), y, lse, **case.options, needs=needs)
+    assert set(grads) == needs
+    return {"y": y, "lse": lse, **grads}
+
+
+def keep_mask(case: Case) -> Tensor | None:
+    seed, threshold = seed_and_threshold(case)
+    (Z, H, S, _), T, P = case.inputs.query.shape, case.inputs.key.shape[2], case.inputs.prefix_key.shape[1]
+    return attention_dropout_mask(seed, (Z, H, S, P, T), threshold) if threshold else None
+
+
+def expected(case: Case, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The same of the reference, in `dtype` where one is given, with the mask that the kernels draw."""
+    inputs = case.inputs if dtype is None else case.inputs.to(dtype)
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.leaves().items()}
+    y = reference.prefix_attention(
+        **leaves, **case.options, attn_mask=case.attn_mask, dropout_p=case.p, keep_mask=keep_mask(case)
+    )
+    return {"y": y.detach()} | dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), inputs.dy), strict=True))
+
+
+def assert_matches(case: Case, needs: set[str] | None = None) -> None:
+    """Every result within the error budget."""
+    actual, truth, eager = run(case, needs), expected(case, torch.float64), expected(case)
+    del actual["lse"]
+    Z, H, S, DH = case.inputs.query.shape
+    for name, value in actual.items():
+        length = DH + Z * H * S + case.inputs.key.shape[2] + case.inputs.prefix_key.shape[1]
+        assert_within_budget(value, truth[name], eager[name], length=length, name=name)
+
+
+# Each pair of types once plainly and once with everything that changes numbers. Two sequences, two key heads of two
+# queries' heads each, so that no index can stand for another; rows and keys of more than one tile, with tails.
+@pytest.mark.parametrize("gate", [False, True], ids=["joint", "gate"])
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_results(dtypes, gate, device):
+    assert_matches(make_case(2, 4, 2, 50, 70, 5, 16, dtypes=dtypes, gate=gate, p=0.1, causal=True, device=device))
+
+
+# Every length of prefix, sequence, head and group that the op is specified for, each at least once, longer queries than
+# keys and shorter; in the types in which padding of a tile with anything but zero shows most.
+@pytest.mark.parametrize(
+    ("Z", "H", "H_KV", "S", "T", "P", "DH", "options"),
+    [
+        (1, 1, 1, 1, 1, 1, 16, {}),
+        (3, 8, 1, 1, 130, 16, 64, {"causal": True}),
+        (2, 8, 2, 7, 64, 100, 40, {}),
+        (1, 4, 1, 64, 7, 5, 128, {"causal": True, "p": 0.1}),
+        (1, 2, 2, 130, 130, 16, 80, {"causal": True}),
+        (1, 2, 1, 130, 64, 100, 16, {"p": 0.5}),
+        (1, 3, 1, 30, 64, 1, 256, {}),
+        (1, 2, 1, 64, 1, 5, 3, {}),
+    ],
+    ids=lambda value: "-".join(map(str, value)) or "plain" if isinstance(value, dict) else str(value),
+)
+def test_shapes(Z, H, H_KV, S, T, P, DH, options, device):
+    assert_matches(make_case(Z, H, H_KV, S, T, P, DH, dtypes="bf16-fp32", device=device, **options))
+
+
+# Who sees whom: each mask alone and beside causal and window, rows that see nothing at all, queries before all keys.
+# With a gate in fp64: what few keys get is a small difference there, on which two programs in fp32 may differ by more.
+@pytest.mark.parametrize("gate", [False, True], ids=["joint", "gate"])
+@pytest.mark.parametrize(
+    ("mask", "S", "T", "options"),
+    [
+        ("keys", 70, 70, {}),
+        ("bool", 20, 70, {"causal": True}),
+        ("-inf", 70, 70, {"causal": True, "window": 9}),
+        ("bias", 70, 20, {"causal": True}),
+        (None, 70, 130, {"window": 40}),
+        (None, 130, 70, {"causal": True, "window": 2}),
+        (None, 8, 8, {"causal": True, "window": 2**40}),
+    ],
+    ids=lambda value: "-".join(map(str, value)) or "alone" if isinstance(value, dict) else str(value),
+)
+def test_masks(mask, S, T, options, gate, device):
+    dtypes = "fp64" if gate else "fp32"
+    assert_matches(make_case(2, 2, 1, S, T, 5, 16, dtypes=dtypes, mask=mask, gate=gate, device=device, **options))
+
+
+# finfo.min is no -inf: an own softmax of nothing else is uniform. fp32 would hold a sum of such exponentials exactly.
+@pytest.mark.parametrize(
+    ("dtypes", "gate"), [("fp32", False), ("fp16", False), ("bf16", False), ("bf16", True)], ids=str
+)
+def test_lowest_additive_mask(dtypes, gate, device):
+    assert_matches(make_case(2, 2, 1, 20, 70, 5, 16, dtypes=dtypes, mask="min", gate=gate, device=device))
+
+
+# Masks come in any float type, in any layout that broadcasts, or for some of the dimensions alone.
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda mask: mask.float(),
+        lambda mask: mask.expand(-1, 4, -1, -1),
+        lambda mask: mask.transpose(2, 3).contiguous().transpose(2, 3),
+        lambda mask: mask[:1],
+        lambda mask: mask[0, 0],
+        lambda mask: mask[..., :1],
+    ],
+    ids=["fp32", "expanded", "transposed", "one-sequence", "two-dimensions", "one-column"],
+)
+def test_mask_layouts(layout, device):
+    case = make_case(2, 4, 2, 20, 70, 5, 16, dtypes="bf16", mask="min", device=device)
+    case.attn_mask = layout(case.attn_mask + torch.randn_like(case.attn_mask))
+    assert_matches(case)
+
+
+# The cap in its linear and in its flat part, beside masks, which come after it, and with a scale of the caller's.
+@pytest.mark.parametrize("softcap", [0.5, 20.0])
+@pytest.mark.parametrize(("dtypes", "gate"), [("fp64", True), ("fp32", False), ("bf16", False)], ids=str)
+def test_softcap_and_scale(softcap, dtypes, gate, device):
+    assert_matches(
+        make_case(
+            2, 2, 1, 20, 70, 5, 16, dtypes=dtypes, gate=gate, softcap=softcap, scale=0.4, mask="bias", device=device
+        )
+    )
+
+
+@pytest.mark.parametrize("gate", [False, True], ids=["joint", "gate"])
+@pytest.mark.parametrize(("Z", "S", "T"), [(2, 20, 0), (2, 0, 20), (0, 20, 20), (2, 0, 0)])
+def test_empty(Z, S, T, gate, device):
+    assert_matches(make_case(Z, 4, 2, S, T, 5, 16, gate=gate, p=0.1, causal=True, mask="bool", device=device))
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """Every other element, along each dimension, of a larger tensor."""
+    larger = torch.full([2 * size for size in tensor.shape], float("nan"), dtype=tensor.dtype, device=tensor.device)
+    every_other = larger[(slice(None, None, 2),) * tensor.dim()]
+    return every_other.copy_(tensor)
+
+
+# What autograd and models hand over: y.sum() (expanded), dense (Z, H, S, DH) memory, parts of one projection's output,
+# one key head for all.
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("dy", lambda dy: dy[:1, :1, :1, :1].expand_as(dy)),
+        ("dy", lambda dy: dy[:, :, :1].expand_as(dy)),
+        ("dy", torch.Tensor.contiguous),
+        ("query", torch.Tensor.contiguous),
+        ("query", lambda query: torch.cat([query, query], 3)[..., :16]),
+        ("key", strided),
+        ("value", lambda value: value[:1].expand_as(value)),
+        ("prefix_key", lambda prefix: prefix.mT.contiguous().mT),
+        ("prefix_value", strided),
+        ("gate", strided),
+    ],
+    ids=["dy-value", "dy-row", "dy-dense", "dense", "slice", "key", "value", "prefix-key-T", "prefix-value", "gate"],
+)
+def test_layouts(name, layout, device):
+    case = make_case(2, 4, 2, 20, 30, 5, 16, dtypes="bf16", gate=True, p=0.1, device=device)
+    setattr(case.inputs, name, layout(getattr(case.inputs, name)))
+    assert_matches(case)
+
+
+def test_results_are_fresh_memory_as_projections_take_it(device):
+    case = make_case(2, 4, 2, 20, 30, 5, 16, gate=True, device=device)
+    results = run(case)
+    for name in ("y", "query", "key", "value"):
+        assert results[name].transpose(1, 2).is_contiguous(), name
+    assert results["lse"].shape == (2, 2, 4, 20)
+    storages = {tensor.untyped_storage().data_ptr() for tensor in results.values()}
+    assert len(storages) == len(results)
+
+
+def test_lse(device):
+    """Natural logarithms: of both segments together, or with a gate of each."""
+    case = make_case(2, 4, 2, 20, 30, 5, 16, dtypes="fp64", causal=True, device=device)
+    x = case.inputs.to(torch.float64)
+    key = torch.cat([x.prefix_key.expand(2, -1, -1, -1), x.key], 2).repeat_interleave(2, 1)
+    logits = x.query @ key.mT * case.options["scale"]
+    hidden = torch.arange(20, device=device)[:, None] + 10 < torch.arange(30, device=device)
+    logits[..., 5:] = logits[..., 5:].masked_fill(hidden, -torch.inf)
+    torch.testing.assert_close(attention_fwd(*arguments(case), **case.options)[1][0], logits.logsumexp(-1))
+    case.inputs.gate = torch.ones(4, dtype=torch.float64, device=device)
+    own, prefix = attention_fwd(*arguments(case), **case.options)[1]
+    torch.testing.assert_close(own, logits[..., 5:].logsumexp(-1))
+    torch.testing.assert_close(prefix, logits[..., :5].logsumexp(-1))
+
+
+# Each gradient alone and without each: the bits do not depend on what else is asked for.
+@pytest.mark.parametrize("gate", [False, True], ids=["joint", "gate"])
+def test_needs(gate, device):
+    case = make_case(1, 2, 1, 20, 20, 5, 16, dtypes="bf16-fp32", gate=gate, p=0.1, device=device)
+    everything = run(case)
+    for name in case.needs:
+        for needs in ({name}, case.needs - {name}):
+            for key, value in run(case, needs).items():
+                assert torch.equal(value, everything[key]), (needs, key)
+    assert set(run(case, set())) == {"y", "lse"}
+
+
+def kernels_launched(*needs: str, gate: bool = False) -> list[str]:
+    """The names of the kernels in backward."""
+    case = make_case(2, 8, 2, 128, 128, 16, 64, dtypes="bf16", gate=gate)
+    with recording(GPUTarget("cuda", 90, 32)) as launches:
+        run(case, set(needs))
+    names = [launch.kernel.__name__ for launch in launches]
+    assert names[0] == "attention_fwd_kernel"
+    return [name.removeprefix("attention_").removesuffix("_kernel") for name in names[1:]]
+
+
+def test_no_work_for_what_is_not_needed():
+    rows, keys, total = "dq", "dkv", "sum_prefix_grads"
+    assert kernels_launched() == []
+    assert kernels_launched("query") == kernels_launched("gate", gate=True) == [rows]
+    assert kernels_launched("value") == [keys]
+    assert kernels_launched("key") == [rows, keys]
+    assert kernels_launched("prefix_value") == [keys, total]
+    assert kernels_launched("prefix_key", "prefix_value") == [rows, keys, total]
+    everything = ("query", "key", "value", "prefix_key", "prefix_value")
+    assert (
+        kernels_launched(*everything) == kernels_launched(*everything, "gate", gate=True) == [rows, keys, keys, total]
+    )
+
+
+# The prefix's gradients are sums over the batch: of as many parts as there are blocks of rows here.
+@pytest.mark.parametrize("gate", [False, True], ids=["joint", "gate"])
+def test_bits_repeat(gate, device):
+    case = make_case(2, 4, 2, 50, 20, 5, 16, dtypes="bf16-fp32", gate=gate, p=0.1, causal=True, device=device)
+    first, second = run(case), run(case)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# A part of several steps, across sequences, as large batches have.
+def test_parts_of_several_blocks_of_rows(device, monkeypatch):
+    chunks = prefix_attention._chunks
+    monkeypatch.setattr(prefix_attention, "_chunks", lambda length, block, programs: chunks(length, 3, 128))
+    assert_matches(make_case(5, 2, 1, 40, 20, 5, 16, dtypes="fp32", p=0.1, device=device))
+
+
+# The mask depends on the element alone, so that any tiles see the same one.
+def test_other_tiles(device, monkeypatch):
+    case = make_case(2, 4, 2, 50, 70, 40, 16, dtypes="fp32", p=0.3, causal=True, window=50, device=device)
+    monkeypatch.setattr(prefix_attention, "_tile", lambda *_: Tile(32, 32, 0, 0, 4, 1))
+    assert_matches(case)
+
+
+def test_dropout_mask(device):
+    """Its rate in every head, query and column of both segments, and no two segments or heads alike."""
+    seed, p = torch.tensor([SEED], device=device), reference.drop_threshold(0.3) / 2**16
+    keep = attention_dropout_mask(seed, (2, 4, 64, 64, 128), reference.drop_threshold(0.3))
+    assert keep.shape == (2, 4, 64, 192)
+    for dim in range(4):
+        dropped = (~keep).double().movedim(dim, 0).flatten(1)
+        limit = 6 * (p * (1 - p) / dropped.shape[1]) ** 0.5
+        assert ((dropped.mean(1) - p).abs() < limit).all(), dim
+    rows = keep.flatten(0, 2)
+    blocks = torch.cat([rows[:, :64], rows[:, 64:128], rows[:, 128:]]).unflatten(0, (3 * 8, 64))
+    for index, block in enumerate(blocks):
+        assert all((block != other).double().mean() > 0.3 for other in blocks[index + 1 :])
+    part = attention_dropout_mask(seed, (1, 4, 64, 5, 70), reference.drop_threshold(0.3))
+    assert torch.equal(part, torch.cat([keep[:1, ..., :5], keep[:1, ..., 64:134]], -1))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call, options, query, key, value, prefix_key, prefix_value, gate=None):
+        inputs = (query, key, value, prefix_key, prefix_value, call[0], gate, *call[1:])
+        ctx.saved = (*inputs, *attention_fwd(*inputs, **options))
+        ctx.options = options
+        return ctx.saved[-2].clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        names = ["query", "key", "value", "prefix_key", "prefix_value", "gate"][: 5 if ctx.saved[6] is None else 6]
+        grads = attention_bwd(dy, *ctx.saved, needs=set(names), **ctx.options)
+        return None, None, *map(grads.get, names)
+
+
+# As small as tells every index apart: gradcheck runs the kernels twice for every input element.
+@pytest.mark.parametrize("gate", [False, True], ids=["joint", "gate"])
+def test_gradcheck(gate, device):
+    case = make_case(1, 2, 1, 2, 2, 2, 2, dtypes="fp64", gate=gate, p=0.2, softcap=2.0, causal=True, device=device)
+    leaves = [leaf.requires_grad_() for leaf in case.inputs.leaves().values()]
+    seed, threshold = seed_and_threshold(case)
+    call = (None, threshold, seed)
+    apply = lambda *leaves: _Attention.apply(call, case.options, *leaves)  # noqa: E731
+    assert torch.autograd.gradcheck(apply, leaves, fast_mode=False)
+
+
+@pytest.mark.parametrize(("T", "wide"), [(2**20, False), (2**20 + 1, True)])
+def test_launches_use_64_bit_offsets(T, wide):
+    """By the elements of one sequence, for the number of the sequence always has 64 bits."""
+    case = make_case(1, 16, 16, 1, 1, 16, 128, dtypes="bf16")
+    for name, tensor in case.inputs.leaves().items():
+        setattr(case.inputs, name, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+    case.inputs.dy = case.inputs.query
+    case.inputs.key, case.inputs.value = (
+        torch.empty(32, T, 16, 128, dtype=torch.bfloat16, device="meta").transpose(1, 2) for _ in range(2)
+    )
+    case.inputs.query = torch.empty(32, 16, 1, 128, dtype=torch.bfloat16, device="meta")
+    case.inputs.dy = case.inputs.query
+    with recording(GPUTarget("cuda", 90, 32)) as launches:
+        run(case)
+    wides = [launch.constexprs["WIDE"] for launch in launches if "WIDE" in launch.constexprs]
+    assert wides == [wide] * 4
+
+
+def test_64_bit_offsets_give_the_same_bits(device, monkeypatch):
+    case = make_case(2, 4, 2, 20, 30, 5, 16, dtypes="bf16", mask="bool", gate=True, p=0.1, device=device)
+    narrow = run(case)
+    monkeypatch.setattr(prefix_attention, "needs_int64", lambda *tensors: True)
+    wide = run(case)
+    assert all(torch.equal(narrow[name], wide[name]) for name in narrow)
