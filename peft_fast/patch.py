@@ -1,10 +1,11 @@
 """Swap, report and exact undo, on a model that exists.
 
-Patching changes the class of each layer that has a fused op to a subclass whose forward asks, at every call,
-whether this call may be fused, and runs stock peft where not. Modules, parameters, hooks and state are not touched.
+Patching changes the class of each layer that has a fused op, and of a model with peft's prefix tuning, to a subclass
+whose forward asks, at every call, whether this call may be fused, and runs stock peft where not. Modules, parameters,
+hooks and state are not touched.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peft_fast import support
+from peft_fast.methods import prefix_patch
 from peft_fast.ops.lora_linear import apply_lora_linear
 
 # The attribute of a patched layer that says why its last call ran stock; `unpatch` removes it.
-_STOCK_CALL = "_peft_fast_stock_call"
+_STOCK_CALL = prefix_patch.STOCK_CALL
 
 
 class Linear(lora.Linear):
@@ -45,11 +47,15 @@ class _Patch:
 _ALL = (_Patch(lora.Linear, Linear, "lora_linear", support.fusable_lora),)
 _PATCHES = {patch.stock: patch for patch in _ALL}
 _PATCHED = {patch.patched: patch for patch in _ALL}
+_is_prefix = prefix_patch.is_prefix_model
 
 
 @dataclass(frozen=True)
 class PatchRow:
-    """One adapter layer of a model: `state` is "fused" or "stock", `reason` says why it is stock."""
+    """One adapter layer of a model, or a model with peft's prefix tuning as a whole.
+
+    `state` is "fused" or "stock"; `reason` says why it is stock, or where a fused one is right and stock is not.
+    """
 
     name: str
     op: str
@@ -82,23 +88,32 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
     Only `forward` changes: modules, parameters, hooks, state_dict keys, isinstance checks, saving, merging and
     switching of adapters stay as they were. A call that cannot be fused runs stock peft.
 
+    With peft's prefix tuning the forward of the whole model is fused where peft is right; where it is not, stock stays
+    and the report says so. `generate` stays stock. While patched, the base model's config names an attention
+    implementation of this package, which computes as before where there is no prefix.
+
     Args:
-        model: any module that holds peft LoRA layers, such as what `get_peft_model` returns.
+        model: any module that holds peft LoRA layers or is a model with peft's prefix tuning, such as what
+            `get_peft_model` returns.
         strict: raise where a layer would stay stock, whatever the call.
 
     Raises ValueError where the model has no layer that can be patched, or, with `strict`, where one stays stock;
     the model is then left as it was.
     """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    if not any(type(module) in _PATCHES or type(module) in _PATCHED for _, module in layers):
+    layers = list(_adapted(model))
+    if not any(type(module) in _PATCHES or type(module) in _PATCHED or _is_prefix(module) for _, module in layers):
         found = ", ".join(sorted({_class_path(module) for _, module in layers})) or "none, call get_peft_model first"
-        raise ValueError(f"model: {type(model).__name__} has no LoRA layer to patch; adapter layers found: {found}")
+        raise ValueError(
+            f"model: {type(model).__name__} has no LoRA layer or prefix to patch; adapter layers found: {found}"
+        )
     stock = [PatchRow(name, _op(module), "stock", reason) for name, module in layers if (reason := _why_stock(module))]
     if strict and stock:
         raise ValueError(f"model: with strict=True every layer must run fused\n{PatchReport(tuple(stock))}")
     for _, module in layers:
         if type(module) in _PATCHES:
             module.__class__ = _PATCHES[type(module)].patched
+        elif _is_prefix(module):
+            prefix_patch.swap(module)
     return report(model)
 
 
@@ -108,6 +123,8 @@ def unpatch(model: nn.Module) -> None:
         if type(module) in _PATCHED:
             module.__class__ = _PATCHED[type(module)].stock
             module.__dict__.pop(_STOCK_CALL, None)
+        elif _is_prefix(module):
+            prefix_patch.swap_back(module)
 
 
 def report(model: nn.Module) -> PatchReport:
@@ -117,31 +134,41 @@ def report(model: nn.Module) -> PatchReport:
     call ran stock says why. Compiled calls leave no trace.
     """
     rows = []
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            reason = _why_stock(module) or _since_patching(module)
-            rows.append(PatchRow(name, _op(module), "stock" if reason else "fused", reason))
+    for name, module in _adapted(model):
+        reason = _why_stock(module) or _since_patching(module)
+        note = prefix_patch.CHECKPOINTED if _is_prefix(module) and prefix_patch.is_checkpointed(module) else ""
+        rows.append(PatchRow(name, _op(module), "stock" if reason else "fused", reason or note))
     return PatchReport(tuple(rows))
 
 
+def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) or _is_prefix(module):
+            yield name or "(model)", module
+
+
 def _since_patching(module: Any) -> str:
-    if type(module) not in _PATCHED:
+    if type(module) not in _PATCHED and type(module) not in prefix_patch.PATCHED:
         return "not patched: call peft_fast.patch"
     reason = module.__dict__.get(_STOCK_CALL, "")
     return reason if reason.startswith("last call") else ""  # another reason holds no longer
 
 
-def _op(module: BaseTunerLayer) -> str:
+def _op(module: nn.Module) -> str:
+    if _is_prefix(module):
+        return "prefix_attention"
     patch = _PATCHED.get(type(module)) or _PATCHES.get(type(module))
     return patch.op if patch else "-"
 
 
-def _class_path(module: BaseTunerLayer) -> str:
+def _class_path(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__name__}"
 
 
-def _why_stock(module: BaseTunerLayer) -> str:
+def _why_stock(module: nn.Module) -> str:
     """Why an adapter layer runs stock even when patched; empty where it runs fused."""
+    if _is_prefix(module):
+        return prefix_patch.why_stock(module)
     patch = _PATCHED.get(type(module)) or _PATCHES.get(type(module))
     if patch is None:
         return f"no fused op for {_class_path(module)}"

@@ -20,6 +20,10 @@ from peft_fast.ops import prefix_attention
 
 # The name of the prefix among an attention module's children.
 CHILD = "attn_prefix"
+# The name of what stands for a prefix at the input layer in each attention module behind it.
+FRONT = "_input_prefix"
+# The keyword under which a caller hands attention modules a prefix for one forward: a function of the module.
+GIVEN = "peft_fast_prefix"
 NAMES = {"eager": "peft_fast_prefix_eager", "sdpa": "peft_fast_prefix_sdpa"}
 _logger = logging.get_logger(__name__)
 _eager_functions: dict[type, Callable] = {}
@@ -39,7 +43,7 @@ class Switch:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.configs = list(_configs(model))
+        self.configs = list(configs(model))
         self.before = [config._attn_implementation for config in self.configs]
         self.handle = model.register_forward_pre_hook(self)
         self()
@@ -59,7 +63,7 @@ class Switch:
                 config._attn_implementation_internal = before
 
 
-def _configs(model: nn.Module) -> Iterator[Any]:
+def configs(model: nn.Module) -> Iterator[Any]:
     """Those that attention modules read, and those from which their models make masks, each once."""
     seen = set()
     for module in model.modules():
@@ -82,12 +86,21 @@ def _attention(
     if layer is not None and layer.recorded is not None:
         layer.recorded.append((key, value))
     prefix = None if layer is None else layer.prefix()
+    given = kwargs.pop(GIVEN, None)
+    if given is not None and (rows := given(module)) is not None:
+        prefix = (*rows, None)
+        if attention_mask is not None and attention_mask.shape[-1] == rows[0].shape[1] + key.shape[2]:
+            attention_mask = attention_mask[..., rows[0].shape[1] :]
+    front: Any = getattr(module, FRONT, None)
+    if front is not None:
+        prefix, attention_mask = front.apply(module, prefix, query, key, value, attention_mask)
     if prefix is None:
         if implementation == "eager" and getattr(module, "reorder_and_upcast_attn", False):
             # GPT-2 asks for the name "eager" itself.
             return module._upcast_and_reordered_attn(query, key, value, attention_mask)  # type: ignore[operator]
         stock = _eager_function(type(module)) if implementation == "eager" else AttentionInterface()["sdpa"]
-        return stock(module, query, key, value, attention_mask, **kwargs)
+        y, weights = stock(module, query, key, value, attention_mask, **kwargs)
+        return y, weights if front is None or not front.layer.length() else None
     y = _with_prefix(implementation, module, prefix, query, key, value, attention_mask, **kwargs)
     return y.transpose(1, 2).contiguous(), None
 
