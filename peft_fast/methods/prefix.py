@@ -15,7 +15,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from torch import Tensor, nn
 
 from peft_fast.methods.prefix_config import PrefixConfig
-from peft_fast.methods.prefix_init import init_from_tokens, initial_tokens
+from peft_fast.methods.prefix_init import init_from_tokens, init_input, initial_tokens
+from peft_fast.methods.prefix_input import ROWS, Front, InputLayer, find_stack
 from peft_fast.methods.prefix_interface import CHILD, Switch
 from peft_fast.methods.prefix_positions import hook_positions
 from peft_fast.methods.prefix_targets import Sizes, find_attention, sizes
@@ -141,8 +142,9 @@ class PrefixModel(BaseTuner):
     """The peft tuner of `PrefixConfig`."""
 
     prefix = "prefix_"
-    tuner_layer_cls = PrefixLayer
+    tuner_layer_cls = (PrefixLayer, InputLayer)  # type: ignore[assignment]  # peft only asks isinstance
     _switch: Switch | None = None
+    _front: Front | None = None
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -150,6 +152,9 @@ class PrefixModel(BaseTuner):
             self._switch = Switch(model)
         self._hook_positions()
         config: Any = self.peft_config[adapter_name]
+        if config.layers == "input":
+            init_input(self._front, adapter_name, config)
+            return
         tokens = initial_tokens(model, config)
         if tokens is not None:
             init_from_tokens(model, adapter_name, tokens)
@@ -158,6 +163,10 @@ class PrefixModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        if peft_config.layers == "input":
+            self._stack = find_stack(model)
+            self._places = {self._stack.name}
+            return
         found = find_attention(model)
         wanted = {name for name, side in found.items() if side in (peft_config.targets or found.values())}
         if not wanted:
@@ -191,12 +200,20 @@ class PrefixModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        like = next(p for p in target.parameters())
+        if peft_config.layers == "input":
+            if self._front is None:
+                rows = InputLayer(self._stack.width, adapter_name)
+                setattr(target, ROWS, rows.train(target.training))
+                self._front = Front(self._stack, rows)
+            self._front.layer.update_layer(adapter_name, peft_config, like)
+            return
         layer = getattr(target, CHILD, None)
         if layer is None:
             layer = PrefixLayer(sizes(current_key, target), adapter_name)
             layer.train(target.training)
             setattr(target, CHILD, layer)
-        layer.update_layer(adapter_name, peft_config, like=next(p for p in target.parameters()))
+        layer.update_layer(adapter_name, peft_config, like)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # peft's own looks for a weight, which a head that was trained beside the prefix may not have.
@@ -211,10 +228,11 @@ class PrefixModel(BaseTuner):
             config: Any = self.peft_config[name]
             config.reparametrization = False
             for layer in self._layers():
-                layer.make_plain(name)
+                if isinstance(layer, PrefixLayer):
+                    layer.make_plain(name)
 
-    def _layers(self) -> list[PrefixLayer]:
-        return [module for module in self.model.modules() if isinstance(module, PrefixLayer)]
+    def _layers(self) -> list[PrefixLayer | InputLayer]:
+        return [module for module in self.model.modules() if isinstance(module, (PrefixLayer, InputLayer))]
 
     def _hook_positions(self) -> None:
         for handle in getattr(self, "_handles", []):
@@ -236,6 +254,10 @@ class PrefixModel(BaseTuner):
             layer = getattr(module, CHILD, None)
             if isinstance(layer, PrefixLayer) and not (only_empty and layer.prefix_config):
                 delattr(module, CHILD)
+        if self._front is not None and not (only_empty and self._front.layer.prefix_config):
+            self._front.off()
+            delattr(self._front.stack.first, ROWS)
+            self._front = None
         self._hook_positions()
         if not self.peft_config:
             self._switch.off()

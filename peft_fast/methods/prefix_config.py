@@ -10,7 +10,16 @@ from peft.utils import PeftType
 
 from peft_fast.methods.prefix_targets import SIDES
 
-_LAYERS = ("all",)
+_LAYERS = ("all", "input")
+_NOT_AT_THE_INPUT = (
+    "targets",
+    "reparametrization",
+    "gate",
+    "position_offset",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+)
 _INITS = ("random", "vocab", "text", "zero_value")
 
 
@@ -23,13 +32,18 @@ class PrefixConfig(PeftConfig):
 
     Args:
         num_virtual_tokens: the length P of the prefix.
-        layers: "all": each attention module has a prefix of its own.
+        layers: "all": each attention module has a prefix of its own. "input": P trained rows stand in front of what the
+            embeddings give to the first layer (Li & Liang 2021, section 4.1: embeddings of virtual tokens), and
+            everything behind the last layer sees the real tokens alone; in an encoder-decoder model, in front of the
+            encoder's. Rows see every token of an encoder's sequence, also where sequences are packed, and each other
+            in a causal model. With `num_virtual_tokens`, `init`, `init_text`, `prefix_dropout` and `modules_to_save`.
         targets: which kinds of attention get one, of "encoder" (self-attention that sees both sides), "decoder" (causal
             self-attention) and "cross" (a decoder's attention over an encoder's output). By default all that there are.
         init: "random": normal with a standard deviation of 0.5. "zero_value": the same with values of zero; this is not
             the base model, since the prefix still draws attention. "text": the keys and values that the model itself
             computes for `init_text`, on rotary models in front of position 0; an encoder-decoder model gets the text on
-            both sides. "vocab": the same for tokens drawn from the vocabulary.
+            both sides. "vocab": the same for tokens drawn from the vocabulary. With `layers="input"`: "text" and
+            "vocab" are the embeddings of the tokens, and "random" has their standard deviation.
         init_text: for "text": token ids, or a string and `tokenizer_name_or_path`. Repeated or cut to P tokens.
         tokenizer_name_or_path: where `AutoTokenizer` finds the tokenizer of `init_text`, a string.
         reparametrization: train an embedding of P rows and a two-layer perceptron in each attention module in place of
@@ -94,6 +108,8 @@ class PrefixConfig(PeftConfig):
         if not _is_number(self.prefix_dropout) or not 0.0 <= self.prefix_dropout < 1.0:
             raise ValueError(f"prefix_dropout: must lie in [0, 1), got {self.prefix_dropout!r}")
         self._check_init()
+        if self.layers == "input":
+            self._check_input()
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError(
                 f"layers_to_transform: write the layers into the regular expression target_modules, "
@@ -113,6 +129,13 @@ class PrefixConfig(PeftConfig):
             raise ValueError(f"init_text: has no tokens, got {self.init_text!r}")
         if isinstance(self.init_text, str) and self.tokenizer_name_or_path is None:
             raise ValueError(f"tokenizer_name_or_path: needed for init_text {self.init_text!r}, got None")
+
+    def _check_input(self) -> None:
+        for name in _NOT_AT_THE_INPUT:
+            if value := getattr(self, name):
+                raise ValueError(f'{name}: goes with layers="all", not with layers="input", got {value!r}')
+        if self.init == "zero_value":
+            raise ValueError(f'init: with layers="input" there are no values to be zero, got {self.init!r}')
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As peft's own, as a configuration whose prefix is trained."""

@@ -1,0 +1,320 @@
+"""A prefix at the input layer alone: P trained rows in front of the hidden states that enter the first layer.
+
+They are put in behind the embedding stage, so that no learned position moves and no position table gets longer; rotary
+positions of the rows are -P to -1. Everything behind the stack of layers sees the real tokens alone.
+
+Where every token sees every other (encoders), the rows run through the layers in front of the sequence and are cut off
+behind the last one. Where attention is causal, the rows see only each other. Their keys and values are then the same
+for the whole batch: the frozen stack runs once on the rows alone, and every layer gets what it computed there as its
+prefix, so that caches and positions stay those of the base model. Under gradient checkpointing, which runs layers again
+and keeps no caches, causal models also have the rows in front of the sequence.
+"""
+
+import inspect
+import re
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from peft_fast.methods.prefix_config import PrefixConfig
+from peft_fast.methods.prefix_interface import FRONT
+from peft_fast.methods.prefix_targets import find_attention
+
+# The name of the rows among the children of the module that they are put in front of.
+ROWS = "input_prefix"
+_Prefix = tuple[Tensor, Tensor, Tensor | None]
+
+
+class InputLayer(nn.Module, BaseTunerLayer):
+    """The rows (P, D) of one model, by adapter name; those of several active adapters stand one behind the other."""
+
+    adapter_layer_names = ("prefix_input",)
+    other_param_names = ("prefix_config",)
+    # peft's own ask a base layer, which this one does not wrap.
+    weight = bias = None  # type: ignore[assignment]
+
+    def __init__(self, width: int, adapter_name: str) -> None:
+        super().__init__()
+        self.width = width
+        self.prefix_input = nn.ParameterDict()
+        self.prefix_config: dict[str, PrefixConfig] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        # While a list: the model runs without rows, and the hidden states that they would stand in front of are kept.
+        self.recorded: list[Tensor] | None = None
+
+    def update_layer(self, adapter_name: str, config: PrefixConfig, like: Tensor) -> None:
+        rows = nn.Parameter(torch.randn(config.num_virtual_tokens, self.width))
+        # On the meta device the checkpoint that is about to be loaded brings the device.
+        self.prefix_input[adapter_name] = rows if rows.is_meta else rows.to(like.device, like.dtype)
+        self.prefix_config[adapter_name] = config
+
+    def active_prefixes(self) -> list[str]:
+        if self.disable_adapters or self.recorded is not None:
+            return []
+        return [name for name in self.active_adapters if name in self.prefix_config]
+
+    def length(self) -> int:
+        """The number P of active rows."""
+        return sum(len(self.prefix_input[name]) for name in self.active_prefixes())
+
+    def rows(self, like: Tensor) -> Tensor:
+        """The active rows (P, D)."""
+        rows = []
+        for name in self.active_prefixes():
+            row, p = self.prefix_input[name], self.prefix_config[name].prefix_dropout
+            rows.append(nn.functional.dropout(row, p) if self.training and p else row)
+        return torch.cat([row.to(like.device, like.dtype) for row in rows])
+
+    def __repr__(self) -> str:
+        return "prefix." + super().__repr__()
+
+
+class Stack(NamedTuple):
+    """The layers that the rows run through.
+
+    `name` and `first` are the module in front of which they are put; one of `checkpointing` knows of checkpointing.
+    """
+
+    name: str
+    width: int
+    causal: bool
+    owner: PreTrainedModel
+    first: nn.Module
+    last: nn.Module
+    attention: list[nn.Module]
+    checkpointing: tuple[nn.Module, ...]
+
+
+def find_stack(model: nn.Module) -> Stack:
+    """The one stack of layers of a model, of an encoder-decoder model the encoder's. Raises ValueError."""
+    found = find_attention(model)
+    sides = set(found.values())
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        found = {name: side for name, side in found.items() if side == "encoder"}
+    lists = {match[1] if (match := re.match(r"(.+?)\.\d+\.", name)) else name for name in found}
+    if (
+        len(set(found.values())) != 1
+        or len(lists) != 1
+        or not isinstance(blocks := model.get_submodule(next(iter(lists))), nn.ModuleList)
+    ):
+        raise ValueError(
+            f"layers: 'input' needs a model with one stack of layers, and {type(model).__name__} has {sorted(sides)} "
+            f"attention in {sorted(lists) or 'none'}; use layers='all'"
+        )
+    (name,) = lists
+    path = name.split(".")
+    above = [".".join(path[:i]) for i in reversed(range(len(path)))]
+    parents = [model.get_submodule(name) for name in above]
+    owner = next((module for module in parents if isinstance(module, PreTrainedModel)), None)
+    if owner is None:
+        raise ValueError(f"layers: 'input' needs a transformers model, got a {type(model).__name__}; use layers='all'")
+    for option in "layerdrop", "encoder_layerdrop":
+        if getattr(owner.config, option, 0.0):
+            raise ValueError(f"layers: 'input' cannot drop layers, set {option}={getattr(owner.config, option)} to 0")
+    width = owner.config.get_text_config().hidden_size
+    attention = [model.get_submodule(name) for name in found]
+    causal = set(found.values()) == {"decoder"}
+    parent = parents[0]
+    checkpointing = (owner, parent, blocks[0])
+    if next(iter(inspect.signature(parent.forward).parameters)) == "hidden_states":
+        # This one's own first step may widen the embeddings, and it may run one layer several times.
+        wider = [child.in_features for child in parent.children() if isinstance(child, nn.Linear)]
+        return Stack(above[0], [*wider, width][0], causal, owner, parent, parent, attention, checkpointing)
+    return Stack(f"{name}.0", width, causal, owner, blocks[0], blocks[-1], attention, checkpointing)
+
+
+class Front:
+    """Puts the rows of an `InputLayer` in front of a model's sequences, until `off`."""
+
+    def __init__(self, stack: Stack, layer: InputLayer) -> None:
+        self.stack = stack
+        self.layer = layer
+        # Causal: while a forward runs, keys and values (1, H_KV, P, DH) of the rows by attention module.
+        self.keys: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self.made_from: Any = None
+        # While not None: the stack runs on the rows alone, and fills `keys`.
+        self.alone: Tensor | None = None
+        for module in stack.attention:
+            setattr(module, FRONT, self)
+        self.handles = [
+            stack.first.register_forward_pre_hook(self._insert, with_kwargs=True),
+            stack.last.register_forward_hook(self._cut),
+            stack.owner.register_forward_hook(self._trim),
+        ]
+        for module in stack.owner.modules():
+            turns = any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
+            if turns and "position_ids" in inspect.signature(module.forward).parameters:
+                self.handles.append(module.register_forward_pre_hook(self._positions, with_kwargs=True))
+        if stack.causal:
+            self.handles += [
+                stack.owner.register_forward_pre_hook(self._run, with_kwargs=True),
+                stack.owner.register_forward_hook(self._forget, with_kwargs=True, always_call=True),
+            ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies are made between forwards, and what is left of one has a graph, which cannot be copied.
+        return self.__dict__ | {"keys": {}, "made_from": None, "alone": None}
+
+    def off(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        for module in self.stack.attention:
+            delattr(module, FRONT)
+
+    def apply(
+        self, module: nn.Module, prefix: _Prefix | None, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> tuple[_Prefix | None, Tensor | None]:
+        """What one attention module sees: its prefix with the rows' keys and values, and the mask with the rows."""
+        P = self.layer.length()
+        if not P:
+            return prefix, mask
+        if self.alone is not None:
+            self.keys[module] = key, value
+            # Whatever window the layer has: in front of a sequence the rows see each other in the same way.
+            mask = None if mask is None else _widen(mask[..., :0, :0], P, 0, causal=True)
+            return None, mask
+        if self._in_sequence():
+            return prefix, None if mask is None else _widen(mask, P, query.shape[2] - P, self.stack.causal)
+        if module not in self.keys:
+            raise ValueError(
+                f"layers: 'input' needs the whole {type(self.stack.owner).__name__} to run, not a "
+                f"{type(module).__name__} alone or again; for checkpointing use gradient_checkpointing_enable"
+            )
+        key, value = (rows[0] for rows in self.keys[module])
+        key = key.to(value.dtype)  # autocast leaves rotary keys in float32
+        if prefix is None:
+            return (key, value, None), mask
+        if prefix[2] is not None:
+            raise ValueError("gate: a gated prefix cannot be active together with others, got one of layers='input'")
+        return (
+            torch.cat([key, prefix[0].to(value.dtype)], 1),
+            torch.cat([value, prefix[1].to(value.dtype)], 1),
+            None,
+        ), mask
+
+    def _in_sequence(self) -> bool:
+        if not self.stack.causal:
+            return True
+        return any(m.training and getattr(m, "gradient_checkpointing", False) for m in self.stack.checkpointing)
+
+    def _inserted(self) -> int:
+        """How many rows stand in front of the sequence in the layers."""
+        return self.layer.length() if self.alone is None and self._in_sequence() else 0
+
+    def _insert(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if self.layer.recorded is not None:
+            self.layer.recorded.append(hidden.detach())
+        if self.alone is not None:
+            hidden = self.alone.to(hidden.device, hidden.dtype)
+        elif self._inserted():
+            hidden = torch.cat([self.layer.rows(hidden).expand(len(hidden), -1, -1), hidden], 1)
+        else:
+            return None
+        return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+    def _cut(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        P = self._inserted()
+        if not P:
+            return None
+        if isinstance(output, Tensor):
+            return output[:, P:]
+        if isinstance(output, tuple):
+            return output[0][:, P:], *output[1:]
+        output.last_hidden_state = output.last_hidden_state[:, P:]
+        return output
+
+    def _trim(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """Cut the rows off the hidden states of all layers too, if they are part of the output."""
+        P = self._inserted()
+        if not P:
+            return None
+        wide = output[0].shape[1] + P
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, (tuple, list)):
+                return type(value)(cut(item) for item in value)
+            return value[:, P:] if isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] == wide else value
+
+        if isinstance(output, tuple):
+            return cut(output)
+        if output.get("hidden_states") is not None:
+            output.hidden_states = cut(output.hidden_states)
+        return output
+
+    def _positions(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        P = self._inserted()
+        if not P:
+            return None
+        names = list(inspect.signature(module.forward).parameters)
+        given = dict(zip(names, args, strict=False)) | kwargs
+        own: Any = given["position_ids"]
+        rows = torch.arange(-P, 0, device=own.device, dtype=own.dtype).expand(*own.shape[:-1], -1)
+        return (), given | {"position_ids": torch.cat([rows, own], -1)}
+
+    def _run(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Compute the rows' keys and values, once for all layers and the whole batch."""
+        P = self.layer.length()
+        if not P or self.alone is not None or self._in_sequence():
+            return
+        made_from = self._made_from()
+        past = kwargs.get("past_key_values")
+        if made_from is not None and made_from == self.made_from and past is not None and past.get_seq_length() > 0:
+            return
+        parameter = next(iter(self.layer.prefix_input.values()))
+        accepted = inspect.signature(module.forward).parameters
+        inputs: dict[str, Any] = {"input_ids": torch.zeros(1, P, dtype=torch.long, device=module.device)}
+        # With a mask, positions are not taken for those of packed sequences.
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        if "position_ids" in accepted:
+            # Learned positions are not used, the rows come in behind them; any number that the table has will do.
+            turned = any(name.endswith("inv_freq") for name, _ in module.named_buffers())
+            inputs["position_ids"] = torch.arange(-P, 0, device=module.device)[None] * turned
+        if "use_cache" in accepted:
+            inputs["use_cache"] = False
+        was_training = [part for part in module.modules() if part.training]
+        self.keys, self.made_from = {}, None
+        self.alone = self.layer.rows(parameter)[None]
+        try:
+            # One draw of dropout would be shared by the whole batch.
+            for part in was_training:
+                part.training = False
+            module(**inputs)
+        finally:
+            self.alone = None
+            for part in was_training:
+                part.training = True
+        self.made_from = made_from
+
+    def _made_from(self) -> Any:
+        rows = [self.layer.prefix_input[name] for name in self.layer.active_prefixes()]
+        return None if torch.is_grad_enabled() else [(row.data_ptr(), row._version, row.dtype) for row in rows]
+
+    def _forget(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """Keep nothing but what the next step of generation needs, whose cache was computed behind the same rows."""
+        if self.alone is None and (self.made_from is None or getattr(output, "past_key_values", None) is None):
+            self.keys, self.made_from = {}, None
+
+
+def _widen(mask: Tensor, P: int, S: int, causal: bool) -> Tensor:
+    """A mask (…, S, T) with P rows and columns in front: everything sees the rows, up to themselves where causal.
+
+    Where it is not, they see every token that some token sees.
+    """
+    boolean = mask.dtype == torch.bool
+    hidden: Any = False if boolean else torch.finfo(mask.dtype).min
+    shape, T = mask.shape[:-2], mask.shape[-1]
+    mask = mask.expand(*shape, S, T)
+    among = mask.new_full((P, P), boolean)
+    if causal:
+        among.masked_fill_(mask.new_ones(P, P, dtype=torch.bool).triu(1), hidden)
+        seen = mask.new_full((1, T), hidden)
+    else:
+        seen = mask.any(-2, keepdim=True) if boolean else mask.amax(-2, keepdim=True)
+    rows = torch.cat([among.expand(*shape, P, P), seen.expand(*shape, P, T)], -1)
+    return torch.cat([rows, torch.cat([mask.new_full((*shape, S, P), boolean), mask], -1)], -2)
