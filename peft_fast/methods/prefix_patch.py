@@ -8,6 +8,7 @@ attention module among the keyword arguments of the base model, so that checkpoi
 """
 
 import inspect
+import weakref
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MethodType
@@ -17,7 +18,6 @@ import peft
 import torch
 from peft import PeftType
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -240,7 +240,23 @@ class _Facts:
     reason: str
 
 
-_facts: WeakIdKeyDictionary = WeakIdKeyDictionary()  # peft model -> _Facts
+# By the id of a peft model, which is looked up faster than a weak key.
+_facts: dict[int, tuple[weakref.ref, _Facts]] = {}
+
+
+def _facts_of(model: Any) -> _Facts:
+    key, base = id(model), model.base_model
+    known, facts = _facts.get(key, (None, None))
+    if facts is None or known is None or known() is not model or facts.base is not base:
+        kinds = tuple(configs(base))
+        facts = _Facts(base, kinds, _why_wrong(base, kinds) or _why_not_model(model, base))
+        _facts[key] = weakref.ref(model, lambda gone: _forget(key, gone)), facts
+    return facts
+
+
+def _forget(key: int, gone: weakref.ref) -> None:
+    if key in _facts and _facts[key][0] is gone:
+        del _facts[key]
 
 
 def why_stock(model: Any) -> str:
@@ -248,13 +264,9 @@ def why_stock(model: Any) -> str:
     config = model.active_peft_config
     if config.peft_type != PeftType.PREFIX_TUNING:
         return f"the active adapter is {config.peft_type.value}"
-    facts = _facts.get(model)
-    if facts is None or facts.base is not model.base_model:
-        base = model.base_model
-        kinds = tuple(configs(base))
-        facts = _facts[model] = _Facts(base, kinds, _why_not_model(model, base))
-    if reason := _why_wrong(facts.base, facts.configs) or facts.reason:
-        return reason
+    facts = _facts_of(model)
+    if facts.reason:
+        return facts.reason
     if type(model) not in PATCHED and type(model) not in PATCHES:
         return f"no fused forward for {type(model).__name__}, which does not use the prefix in every forward"
     forward = model.__dict__.get("forward")
@@ -314,7 +326,7 @@ def _why_not_call(model: Any, kwargs: dict[str, Any]) -> str:
         return "last call: torch.jit is tracing"
     if model.__dict__.get(STOCK_CALL) == _NOT_HANDED_ON:
         return _NOT_HANDED_ON
-    for config in _facts[model].configs:
+    for config in _facts_of(model).configs:
         # Only here, since a checkpointed layer reads it again in backward; `swap_back` undoes it.
         if config._attn_implementation in NAMES:
             config._attn_implementation_internal = NAMES[config._attn_implementation]
