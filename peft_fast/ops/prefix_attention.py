@@ -328,8 +328,11 @@ def prefix_attention(
     _validate(tensors, sliding_window, softcap, dropout_p, seed)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     backend = support.current_backend(prefix_key)
-    plain = seed is None and gate is None and softcap is None
-    if backend == "auto" and plain and _is_small(query, key, prefix_key, dropout_p):
+    plain = query.is_cpu and backend == "auto" and seed is None and gate is None and softcap is None
+    if plain and (
+        _is_small(query, key, prefix_key, dropout_p)
+        or (not dropout_p and not is_causal and sliding_window is None and _rows_are_alike(query, attn_mask))
+    ):
         restricts = (is_causal and query.shape[2] > 1, sliding_window)
         return _as_usual(query, key, value, prefix_key, prefix_value, attn_mask, *restricts, scale, dropout_p)
     threshold = reference.drop_threshold(dropout_p) if dropout_p else 0
@@ -344,9 +347,19 @@ def prefix_attention(
 
 
 def _is_small(query: Tensor, key: Tensor, prefix_key: Tensor, dropout_p: float) -> bool:
-    """Whether torch's own attention over copies is as fast: on the CPU, where each call costs microseconds."""
+    """Whether on the CPU torch's own attention over copies is as fast: there each call costs microseconds."""
     logits = query.shape[:3].numel() * (prefix_key.shape[1] + key.shape[2])
-    return query.is_cpu and logits * (4 if dropout_p else 1) < support.MIN_CPU_ATTENTION_LOGITS
+    return logits * (4 if dropout_p else 1) < support.MIN_CPU_ATTENTION_LOGITS
+
+
+def _rows_are_alike(query: Tensor, attn_mask: Tensor | None) -> bool:
+    """Whether all queries see the same keys, as far as a look at the first and the last tells.
+
+    Then there are none to leave out, which is how ours gets ahead of torch's fused attention on the CPU.
+    """
+    if attn_mask is None or attn_mask.dim() == 1 or attn_mask.shape[-2] == 1:
+        return True
+    return support.runs_plainly(query) and torch.equal(attn_mask[..., 0, :], attn_mask[..., -1, :])
 
 
 def _as_usual(
