@@ -91,11 +91,11 @@ def test_hidden_states_and_pooler_are_those_of_the_real_tokens(family):
 
 
 def test_output_as_a_tuple():
-    model = with_rows()
+    model = with_rows(base=tf.BertModel(tf.BertConfig(**_ENCODER)))
     with torch.no_grad():
-        values = model(**data("bert"), output_hidden_states=True, return_dict=False)
-    assert torch.equal(values[0], logits(model))
-    assert [h.shape[1] for h in values[1]] == [7, 7, 7]
+        last, _, hidden = model(**data("bert"), output_hidden_states=True, return_dict=False)
+    assert [h.shape[1] for h in hidden] == [7, 7, 7]
+    assert torch.equal(hidden[-1], last)
 
 
 def tokens(*shape: int, seed: int = 1) -> Tensor:
@@ -240,10 +240,22 @@ def test_the_rows_run_once_for_a_generation_and_again_when_they_change():
         assert not torch.allclose(model(tokens(2, 1), past_key_values=again).logits, before)
     front = getattr(model.base_model.model.model.layers[0].self_attn, FRONT)
     assert front.keys
+    assert not copy.deepcopy(front).keys
     past = model(tokens(2, 5), use_cache=True).past_key_values
     model(tokens(2, 1), past_key_values=past).logits.sum().backward()
     assert parameter(model).grad.abs().max() > 0
     assert not front.keys
+
+
+def test_no_dropout_in_what_the_whole_batch_shares():
+    model = with_rows("gpt2", base=build("gpt2"))
+    attention = model.base_model.model.transformer.h[1].attn
+    seen = []
+    attention.register_forward_hook(lambda *_: seen.append(getattr(attention, FRONT).keys.get(attention)))
+    for training in (True, False):
+        model.train(training)(**data("gpt2"))
+    assert model.train().base_model.model.transformer.h[0].training
+    torch.testing.assert_close(seen[1], seen[3])
 
 
 @each_family
@@ -286,6 +298,8 @@ def test_copies_are_independent(family):
     assert not torch.equal(step(model, family)[0], expected)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_disable` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Adapter every was active which is now deleted")
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_several_adapters_and_both_kinds(family):
@@ -303,8 +317,11 @@ def test_several_adapters_and_both_kinds(family):
     torch.testing.assert_close(logits(joined, family), logits(model, family))
     model.add_adapter("every", PrefixConfig(num_virtual_tokens=2, init="vocab"))
     model.base_model.set_adapter(["default", "every"])
-    both = step(model, family)[1]
-    assert all(gradient.abs().max() > 0 for gradient in both.values())
+    both = step(model, family)
+    assert all(gradient.abs().max() > 0 for gradient in both[1].values())
+    model.gradient_checkpointing_enable()
+    torch.testing.assert_close(step(model, family), both, rtol=1e-4, atol=1e-6)
+    model.gradient_checkpointing_disable()
     model.set_adapter("every")
     outputs = [first, second, logits(model, family)]
     model.delete_adapter("default")

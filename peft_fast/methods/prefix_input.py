@@ -157,7 +157,7 @@ class Front:
             ]
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies are made between forwards, and what is left of one has a graph, which cannot be copied.
+        # Copies are made between forwards: what is kept for the next step of a generation is none of theirs.
         return self.__dict__ | {"keys": {}, "made_from": None, "alone": None}
 
     def off(self) -> None:
@@ -175,9 +175,10 @@ class Front:
             return prefix, mask
         if self.alone is not None:
             self.keys[module] = key, value
-            # Whatever window the layer has: in front of a sequence the rows see each other in the same way.
+            # Whatever the layer's window, and whatever packing the positions look like: the rows see each other in the
+            # same way in front of a sequence.
             mask = None if mask is None else _widen(mask[..., :0, :0], P, 0, causal=True)
-            return None, mask
+            return prefix, mask
         if self._in_sequence():
             return prefix, None if mask is None else _widen(mask, P, query.shape[2] - P, self.stack.causal)
         if module not in self.keys:
@@ -269,8 +270,6 @@ class Front:
         parameter = next(iter(self.layer.prefix_input.values()))
         accepted = inspect.signature(module.forward).parameters
         inputs: dict[str, Any] = {"input_ids": torch.zeros(1, P, dtype=torch.long, device=module.device)}
-        # With a mask, positions are not taken for those of packed sequences.
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         if "position_ids" in accepted:
             # Learned positions are not used, the rows come in behind them; any number that the table has will do.
             turned = any(name.endswith("inv_freq") for name, _ in module.named_buffers())
@@ -293,7 +292,9 @@ class Front:
 
     def _made_from(self) -> Any:
         rows = [self.layer.prefix_input[name] for name in self.layer.active_prefixes()]
-        return None if torch.is_grad_enabled() else [(row.data_ptr(), row._version, row.dtype) for row in rows]
+        if torch.is_grad_enabled() or any(row.is_inference() for row in rows):  # which count no versions
+            return None
+        return [(row.data_ptr(), row._version, row.dtype) for row in rows]
 
     def _forget(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Keep nothing but what the next step of generation needs, whose cache was computed behind the same rows."""
