@@ -42,7 +42,8 @@ def _features_first(x: Tensor) -> Tensor:
 def _empty_heads(like: Tensor) -> Tensor:
     """Fresh memory laid out (Z, S, H, DH), seen as (Z, H, S, DH): what projections before and after take as a view."""
     Z, H, S, DH = like.shape
-    return torch.empty((Z, S, H, DH), dtype=like.dtype, device=like.device).transpose(1, 2)
+    strides = (S * H * DH, DH, H * DH, 1)  # no view in autograd's eyes
+    return torch.empty_strided((Z, H, S, DH), strides, dtype=like.dtype, device=like.device)
 
 
 def _block(length: int, most: int, least: int) -> int:
@@ -54,25 +55,25 @@ def _block(length: int, most: int, least: int) -> int:
 # padded head size; "wide" are chips with room for the operands of wgmma or tcgen05.
 _TILES = {
     "fwd": {
-        "fp32": {64: (32, 32, 8), 128: (32, 32, 8), 256: (16, 32, 8)},
+        "fp32": {64: (32, 32, 8), 128: (16, 32, 8), 256: (16, 32, 8)},
         "wide": {64: (128, 64, 8), 128: (128, 64, 8), 256: (64, 32, 8)},
         "sm80": {64: (128, 64, 8), 128: (64, 64, 8), 256: (64, 32, 8)},
         "sm86": {64: (128, 64, 8), 128: (64, 64, 8), 256: (32, 32, 8)},
         "gfx9": {64: (128, 32, 4), 128: (128, 32, 4), 256: (64, 32, 4)},
     },
     "dq": {
-        "fp32": {64: (32, 32, 8), 128: (32, 32, 8), 256: (16, 32, 8)},
+        "fp32": {64: (32, 32, 4), 128: (16, 32, 8), 256: (16, 32, 8)},
         "wide": {64: (128, 64, 8), 128: (128, 32, 8), 256: (64, 32, 8)},
         "sm80": {64: (128, 32, 8), 128: (64, 32, 8), 256: (32, 32, 8)},
         "sm86": {64: (128, 32, 8), 128: (64, 32, 8), 256: (32, 32, 8)},
-        "gfx9": {64: (64, 32, 4), 128: (64, 32, 8), 256: (32, 32, 8)},
+        "gfx9": {64: (64, 32, 4), 128: (64, 32, 4), 256: (32, 32, 4)},
     },
     "dkv": {
-        "fp32": {64: (32, 32, 8), 128: (32, 32, 8), 256: (16, 32, 8)},
+        "fp32": {64: (32, 32, 8), 128: (16, 32, 8), 256: (16, 32, 8)},
         "wide": {64: (64, 64, 8), 128: (64, 64, 8), 256: (32, 32, 8)},
         "sm80": {64: (32, 64, 4), 128: (32, 64, 8), 256: (32, 32, 8)},
         "sm86": {64: (32, 64, 4), 128: (32, 64, 8), 256: (32, 32, 8)},
-        "gfx9": {64: (32, 64, 4), 128: (32, 64, 8), 256: (32, 32, 8)},
+        "gfx9": {64: (32, 64, 4), 128: (32, 64, 8), 256: (32, 32, 4)},
     },
 }
 

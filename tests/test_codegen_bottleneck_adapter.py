@@ -1,22 +1,12 @@
-"""What real calls of the bottleneck adapter's launchers compile to, for chips that need not be there.
-
-Triton's interpreter and its compiler exclude each other in a process, so this file is also the program that
-compiles: it runs itself and reads the answer as JSON.
-"""
-
-import dataclasses
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""What real calls of the bottleneck adapter's launchers compile to, for chips that need not be there."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parent.parent
+from codegen import answer, assert_clean, readings
+
 DTYPES = {
     "fp32": (torch.float32, torch.float32),
     "fp16": (torch.float16, torch.float16),
@@ -35,11 +25,8 @@ KERNELS = {
 }
 
 
-def compiled_launches(arch: int, dtypes: str, R: int, norms: bool) -> list[dict]:
-    """Readings of every different launch of forward and backward, with dropout, residual x and every gradient."""
-    from triton.backends.compiler import GPUTarget
-
-    from benchmarks.codegen import compile_launch
+def recorded(target, dtypes: str, R: int, norms: bool) -> list:
+    """Every different launch of forward and backward, with dropout, residual x and every gradient."""
     from peft_fast.kernels._launch import recording
     from peft_fast.kernels.bottleneck_adapter import adapter_bwd, adapter_fwd
 
@@ -56,23 +43,11 @@ def compiled_launches(arch: int, dtypes: str, R: int, norms: bool) -> list[dict]
     seed, threshold = meta(1, dtype=torch.int64), 6554
     needs = {"x", "down_weight", "down_bias", "up_weight", "up_bias", "scaling"}
     needs |= {"norm_before", "norm_after"} if norms else set()
-    target = GPUTarget("cuda", arch, 32)
     with recording(target) as launches:
         _, z, *stats = adapter_fwd(*inputs, threshold, seed, eps=1e-5, **options)
         adapter_bwd(dy, *inputs, z, *stats, threshold, seed, needs=needs, **options)
     # One of the second passes, which LoRA's test compiles too.
-    different = {launch.kernel.__name__: launch for launch in launches}
-    return [dataclasses.asdict(compile_launch(launch, target)) for launch in different.values()]
-
-
-def readings(*arguments) -> list[dict]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
-    result = subprocess.run(
-        [sys.executable, __file__, json.dumps(arguments)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    return list({launch.kernel.__name__: launch for launch in launches}.values())
 
 
 # Both norms take most registers, none is the usual adapter. A rank of one block and one of several on each chip, in the
@@ -92,15 +67,14 @@ def readings(*arguments) -> list[dict]:
     ids=lambda value: {True: "norms", False: "plain"}[value] if isinstance(value, bool) else str(value),
 )
 def test_no_spills_and_tensor_cores(arch, dtypes, R, norms):
-    kernels = readings(arch, dtypes, R, norms)
+    kernels = readings(__file__, arch, dtypes, R, norms)
     assert {kernel["name"] for kernel in kernels} == KERNELS.keys() - (set() if norms else {"_down_grad_kernel"})
     for kernel in kernels:
-        assert kernel["spills"] == kernel["stack"] == 0, kernel
-        assert kernel["shared"] <= {80: 163, 90: 227}[arch] << 10, kernel
+        assert_clean(kernel, arch)
         # IEEE products of fp32: TF32 only where torch's switch asks for it.
         multiplies = KERNELS[kernel["name"]] and dtypes != "fp32"
         assert (kernel["tensor_core"] > 0) == bool(multiplies), kernel
 
 
 if __name__ == "__main__":
-    json.dump(compiled_launches(*json.loads(sys.argv[1])), sys.stdout)
+    answer(recorded)

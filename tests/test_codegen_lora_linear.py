@@ -1,22 +1,12 @@
-"""What real calls of the LoRA launchers compile to, for chips that need not be there.
-
-Triton's interpreter and its compiler exclude each other in a process, so this file is also the program that
-compiles: it runs itself and reads the answer as JSON.
-"""
-
-import dataclasses
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""What real calls of the LoRA launchers compile to, for chips that need not be there."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parent.parent
+from codegen import answer, assert_clean, different, readings
+
 DTYPES = {
     "fp32": (torch.float32, torch.float32),
     "fp16": (torch.float16, torch.float16),
@@ -26,11 +16,8 @@ DTYPES = {
 }
 
 
-def compiled_launches(arch: int, dtypes: str, M: int, K: int, N: int, R: int, bias: bool) -> list[dict]:
-    """Readings of every different launch of forward and backward, both plans, with and without dropout."""
-    from triton.backends.compiler import GPUTarget
-
-    from benchmarks.codegen import compile_launch
+def recorded(target, dtypes: str, M: int, K: int, N: int, R: int, bias: bool) -> list:
+    """Every different launch of forward and backward, both plans, with and without dropout."""
     from peft_fast.kernels._launch import recording
     from peft_fast.kernels.lora_linear import lora_bwd, lora_fwd
 
@@ -42,35 +29,13 @@ def compiled_launches(arch: int, dtypes: str, M: int, K: int, N: int, R: int, bi
     x, weight, dy, bias = meta(M, K), meta(N, K), meta(M, N), meta(N) if bias else None
     lora_a, lora_b = meta(R, K, dtype=factor_dtype), meta(N, R, dtype=factor_dtype)
     seed = meta(1, dtype=torch.int64)
-    target = GPUTarget("cuda", arch, 32)
     with recording(target) as launches:
         for plan in ("fused", "split"):
             for threshold in (0, 6554):
                 _, s = lora_fwd(x, weight, lora_a, lora_b, bias, 2.0, threshold, seed, plan=plan)
                 needs = (True, True, True, bias is not None)
                 lora_bwd(dy, x, weight, lora_a, lora_b, s, 2.0, threshold, seed, needs=needs, plan=plan)
-
-    def kind(launch):
-        args = [str(arg.dtype) if isinstance(arg, torch.Tensor) else arg for arg in launch.args]
-        return repr((launch.kernel.__name__, args, launch.constexprs))
-
-    different = {kind(launch): launch for launch in launches}
-    return [dataclasses.asdict(compile_launch(launch, target)) for launch in different.values()]
-
-
-def readings(*arguments) -> list[dict]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
-    result = subprocess.run(
-        [sys.executable, __file__, json.dumps(arguments)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-def assert_clean(kernel: dict, limit: int) -> None:
-    assert kernel["spills"] == kernel["stack"] == 0, kernel
-    assert kernel["shared"] <= limit, kernel
+    return different(launches)
 
 
 # The types that take different paths, on a chip before wgmma and one with it; rank 64 is the largest single block of
@@ -82,13 +47,12 @@ def assert_clean(kernel: dict, limit: int) -> None:
 )
 @pytest.mark.parametrize("arch", [80, 90])
 def test_no_spills_and_tensor_cores(arch, dtypes, R):
-    limit = {80: 163, 90: 227}[arch] << 10
-    kernels = readings(arch, dtypes, 8192, 4096, 4096, R, True)
+    kernels = readings(__file__, arch, dtypes, 8192, 4096, 4096, R, True)
     assert {kernel["name"].strip("_") for kernel in kernels} == {
         f"{name}_kernel" for name in ("shrink", "factor_grad", "sum_partials", "matmul", "update")
     }
     for kernel in kernels:
-        assert_clean(kernel, limit)
+        assert_clean(kernel, arch)
         if dtypes == "fp32":
             # IEEE products: TF32 only where torch's switch asks for it.
             assert kernel["tensor_core"] == 0, kernel
@@ -99,10 +63,10 @@ def test_no_spills_and_tensor_cores(arch, dtypes, R):
 
 # Rows of 8·513 elements: Triton sees no multiple of 16 and would load single elements.
 def test_rows_of_8_times_odd_load_16_bytes():
-    for kernel in readings(90, "bf16", 8192, 4104, 4104, 16, False):
-        assert_clean(kernel, 227 << 10)
+    for kernel in readings(__file__, 90, "bf16", 8192, 4104, 4104, 16, False):
+        assert_clean(kernel, 90)
         assert kernel["loads_of_2_bytes"] == 0, kernel
 
 
 if __name__ == "__main__":
-    json.dump(compiled_launches(*json.loads(sys.argv[1])), sys.stdout)
+    answer(recorded)

@@ -182,6 +182,8 @@ def test_shapes(Z, H, H_KV, S, T, P, DH, options, device):
         (None, 70, 130, {"window": 40}),
         (None, 130, 70, {"causal": True, "window": 2}),
         (None, 8, 8, {"causal": True, "window": 2**40}),
+        # The last query of the first tile, 31 here, sees the first key of the second one alone.
+        (None, 40, 73, {"causal": True}),
     ],
     ids=lambda value: "-".join(map(str, value)) or "alone" if isinstance(value, dict) else str(value),
 )
