@@ -12,7 +12,9 @@ from peft_fast.ops.lora_linear import lora_linear
 from peft_fast.ops.prefix_attention import prefix_attention
 
 ADAPTER_INITS = ("houlsby", "zero_up")
-PREFIX_STD = 0.5  # about the scale of real keys and values; trained from 0.02, a prefix learns several times slower
+# Of 0.02, 0.5, 1 and 2 the one that learned best in 150 steps of AdamW at 0.03 on a small BERT (one seed), whose own
+# keys and values have about 1.1 and 0.65; with 2 it did not learn.
+PREFIX_STD = 0.5
 
 
 class LoraLinear(nn.Module):

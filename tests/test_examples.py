@@ -125,6 +125,7 @@ def test_help_explains_every_option():
         "alpha",
         "style",
         "bottleneck-size",
+        "prefix-length",
         "dropout",
         "lr",
         "batch-size",
@@ -137,3 +138,57 @@ def test_errors_are_one_line(tmp_path):
     run = _demo("--data", str(tmp_path / "none.csv"))
     assert (run.returncode, run.stdout) == (1, "")
     assert run.stderr == f"error: there is no data file {tmp_path / 'none.csv'}\n"
+
+
+@pytest.mark.parametrize(
+    ("passage", "answer", "found"),
+    [
+        ("It weighs 498 kJ \u00b7 mol \u2212 1 in all .", "498 kj\u00b7mol\u22121", "498 kJ \u00b7 mol \u2212 1"),
+        ("Oxygen is O 2 .", "O2", "O 2"),
+        ("Paris , then Paris", "paris", "Paris"),
+        ("No such thing", "other", None),
+        ("Anything", " ", None),
+    ],
+    ids=["symbols", "formula", "first", "none", "empty"],
+)
+def test_an_answer_is_found_in_its_passage(assets, passage, answer, found):
+    span = assets.find_span(passage, answer)
+    assert (span and passage[slice(*span)]) == found
+
+
+def test_questions_without_a_span_are_left_out(assets, tmp_path):
+    rows = [
+        {"passage": "The film is fine .", "question": "How is it?", "answer": "Fine"},
+        {"passage": "The film is fine .", "question": "Who made it?", "answer": "Nobody"},
+    ]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert assets.read_questions(path) == [("The film is fine .", "How is it?", "fine", 12)]
+    path.write_text(json.dumps(rows[1]))
+    with pytest.raises(assets.AssetError, match="no answer is a part of its passage"):
+        assets.read_questions(path)
+    path.write_text(json.dumps({"passage": "a"}))
+    with pytest.raises(assets.AssetError, match="row 1 has no text 'question', only \\['passage'\\]"):
+        assets.read_questions(path)
+
+
+def test_the_decoded_span_lies_in_the_passage_and_does_not_end_before_it_starts(assets):
+    import question_answering
+    import torch
+
+    start, end = torch.zeros(8), torch.zeros(8)
+    start[[0, 6]], end[[1, 3]] = torch.tensor([9.0, 5.0]), torch.tensor([9.0, 4.0])
+    inside = torch.arange(8) >= 2
+    assert question_answering.best_span(start, end, inside) == (6, 6)
+    end[7] = 1
+    assert question_answering.best_span(start, end, inside) == (6, 7)
+    end[3] = 8
+    assert question_answering.best_span(start, end, inside) == (2, 3)
+
+
+def test_question_answering_help():
+    run = subprocess.run(
+        [sys.executable, str(EXAMPLES / "question_answering.py"), "--help"], capture_output=True, text=True
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    assert all(f"--{option} " in run.stdout for option in ("model", "data", "method", "prefix-length", "epochs"))
