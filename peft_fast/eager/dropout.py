@@ -53,7 +53,7 @@ class Dropped:
     def _keep(self, x: Tensor) -> Tensor | None:
         """`keep` in x's type: multiplying by booleans costs five times as much."""
         if self.keep is not None:
-            self.keep = self.keep.to(x.device, x.dtype).view(x.shape)
+            self.keep = self.keep.view(x.shape).to(x.device, x.dtype)
         return self.keep
 
     def _without_points(self, x: Tensor) -> Tensor:
@@ -97,19 +97,19 @@ def dropped_blocks(seed: Tensor, shape: Sequence[int], threshold: int) -> Iterat
     M, K = shape
     height = block_rows(K)
     blocks = [slice(start, min(start + height, M)) for start in range(0, max(M, 1), height)]  # an empty one where M = 0
-    return zip(blocks, dropped_pieces(seed, [(rows.stop - rows.start) * K for rows in blocks], threshold), strict=True)
+    return zip(blocks, dropped_pieces(seed, [(rows.stop - rows.start, K) for rows in blocks], threshold), strict=True)
 
 
-def dropped_pieces(seed: Tensor, sizes: Iterable[int], threshold: int) -> Iterator[Dropped]:
-    """What dropout with p = threshold / 2^16 drops of one tensor after the other, of so many elements each."""
+def dropped_pieces(seed: Tensor, shapes: Iterable[Sequence[int]], threshold: int) -> Iterator[Dropped]:
+    """What dropout with p = threshold / 2^16 drops of one tensor after the other, of these shapes."""
     level = threshold >> 8 if threshold >= BYTES_FROM else 0
     points_per_element = -math.log1p(-(threshold - (level << 8)) / (65536 - (level << 8)))
     stream, generator = _seeded(seed)
-    for n in sizes:
-        keep = None
+    for shape in shapes:
+        n, keep = math.prod(shape), None
         if level:
             words = stream.random_raw((n + 7) // 8).view(np.int8)[:n]
-            keep = torch.from_numpy(words).ge_(level - 128).view(torch.bool)
+            keep = torch.from_numpy(words).view(*shape).ge_(level - 128).view(torch.bool)
         yield Dropped(keep, _points(stream, generator, points_per_element, n))
 
 

@@ -235,11 +235,8 @@ class _Call:
         chunks, threshold = list(self._chunks()), self.rules.threshold
         if not threshold:
             return zip(chunks, [None] * len(chunks), strict=True)
-        sizes = [torch.Size(self.shape(chunk, self.P)).numel() + self._own_numel(chunk) for chunk in chunks]
-        return zip(chunks, dropped_pieces(self.rules.seed, sizes, threshold), strict=True)
-
-    def _own_numel(self, chunk: _Chunk) -> int:
-        return torch.Size(self.shape(chunk, chunk.keys.stop - chunk.keys.start)).numel()
+        shapes = [self.shape(chunk, self.P + chunk.keys.stop - chunk.keys.start) for chunk in chunks]
+        return zip(chunks, dropped_pieces(self.rules.seed, shapes, threshold), strict=True)
 
     def shape(self, chunk: _Chunk, columns: int) -> tuple[int, ...]:
         heads, batch, rows = (part.stop - part.start for part in chunk[:3])
