@@ -178,6 +178,17 @@ def test_small_chunks_are_the_same_call(monkeypatch):
         assert_op_within_budget("eager", inputs, dropout_p=0.2, is_causal=True)
 
 
+def test_the_mask_is_that_of_the_seed_whatever_the_number_of_threads(one_thread, monkeypatch):
+    monkeypatch.setattr(eager_form, "CPU_LOGITS", 1 << 13)  # four sequences, which three threads do not share evenly
+    inputs = prefix_attention_inputs(7, 1, 1, 40, 40, 5, 16)
+    masks = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        masks.append(keep_mask("eager", inputs, 0.2))
+    assert torch.equal(masks[0], masks[1])
+    assert torch.equal(masks[0], masks[2])
+
+
 def test_keys_that_nobody_sees_are_not_multiplied():
     """Of a causal mask, flag or tensor, half of the logits are made."""
     inputs = prefix_attention_inputs(1, 1, 1, 1024, 1024, 16, 16)

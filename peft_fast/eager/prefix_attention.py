@@ -247,8 +247,9 @@ class _Call:
         for rows, keys in self._row_blocks(limit):
             each = (rows.stop - rows.start) * self.G * (self.P + keys.stop - keys.start)
             heads, batch = limit // max(1, Z * each), limit // max(1, each)
-            if batch > torch.get_num_threads():  # each thread multiplies as many matrices as the next
-                batch -= batch % torch.get_num_threads()
+            # Threads share a power of two evenly. Their own number must not count: backward may run on another, and
+            # what dropout drops depends on the chunks.
+            batch = 1 << max(1, batch).bit_length() - 1
             for head_slice in _slices(self.H_KV, heads):
                 for batch_slice in _slices(Z, Z if heads > 1 else batch):
                     yield _Chunk(head_slice, batch_slice, rows, keys)
