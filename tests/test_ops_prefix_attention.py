@@ -196,8 +196,8 @@ def test_keys_that_nobody_sees_are_not_multiplied():
     dense = torch.ones(1024, 1024, dtype=torch.bool).tril()
 
     def logits(mask: torch.Tensor | None, is_causal: bool) -> int:
-        rules = eager_form.Rules(0, None, is_causal, None, None, 0.25)
-        call = eager_form._Call(*tensors, mask, None, rules)
+        options = eager_form.Options(0, None, is_causal, None, None, 0.25)
+        call = eager_form._Call([*tensors, mask, None], options)
         return sum(math.prod(call.shape(chunk, chunk.keys.stop)) for chunk, _ in call.chunks())
 
     flag = logits(None, True)

@@ -6,11 +6,11 @@
 
 Logits exist one chunk at a time, small enough to stay in the cache, and are made again in backward: nothing but the
 inputs is kept. The query heads of a group are rows of one matmul, so that keys are read once for all of them. Rows are
-taken in blocks where they see different keys, and keys that no row of a block sees are left out: half of the work under
-a causal mask, be it a flag or a tensor.
+taken in blocks where they see different keys, and keys that no row of a block sees are left out: nearly half of the
+work under a long causal mask, be it a flag or a tensor.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +27,8 @@ BLOCK_ROWS = 128
 FEW = 16  # rows or columns
 
 
-class Rules(NamedTuple):
-    """What is not a tensor in a call, and its seed."""
+class Options(NamedTuple):
+    """What is not a tensor in a call of the op, and its seed."""
 
     threshold: int
     seed: Tensor | None
@@ -36,6 +36,14 @@ class Rules(NamedTuple):
     sliding_window: int | None
     softcap: float | None
     scale: float
+
+    def keywords(self) -> dict[str, Any]:
+        """Those that are keywords of the reference and of the kernels' launchers."""
+        return {name: getattr(self, name) for name in ("is_causal", "sliding_window", "softcap", "scale")}
+
+
+# query, key, value, prefix_key, prefix_value, attn_mask, gate
+Tensors = Sequence[Any]
 
 
 class _Chunk(NamedTuple):
@@ -63,23 +71,14 @@ class _Chunk(NamedTuple):
         return mask[tuple(slice(None) if size == 1 else part for size, part in zip(mask.shape, index, strict=True))]
 
 
-def attention_fwd(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    attn_mask: Tensor | None,
-    gate: Tensor | None,
-    *rules: Any,
-) -> Tensor:
+def attention_fwd(tensors: Tensors, options: Options) -> Tensor:
     """y (Z, H, S, DH), a transposed (Z, S, H, DH).
 
-    query (Z, H, S, DH), key and value (Z, H_KV, T, DH), prefix_key and prefix_value (H_KV, P, DH), attn_mask that
-    broadcasts to (Z, H, S, T), gate (H,), and the fields of `Rules`.
+    The tensors: query (Z, H, S, DH), key and value (Z, H_KV, T, DH), prefix_key and prefix_value (H_KV, P, DH),
+    attn_mask that broadcasts to (Z, H, S, T) or None, gate (H,) or None.
     """
-    call = _Call(query, key, value, prefix_key, prefix_value, attn_mask, gate, Rules(*rules))
-    y = empty_y(query)
+    call = _Call(tensors, options)
+    y = empty_y(tensors[0])
     y_folded = call.fold(y)
     for chunk, dropped in call.chunks():
         q = chunk.take(call.query)
@@ -98,21 +97,11 @@ def empty_y(query: Tensor) -> Tensor:
     return query.new_empty_strided((Z, H, S, DH), (S * H * DH, DH, H * DH, 1))
 
 
-def attention_bwd(
-    dy: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    attn_mask: Tensor | None,
-    gate: Tensor | None,
-    *rules: Any,
-    needs: set[str],
-) -> dict[str, Tensor]:
+def attention_bwd(dy: Tensor, tensors: Tensors, options: Options, needs: set[str]) -> dict[str, Tensor]:
     """The gradients that `needs` names among query, key, value, prefix_key, prefix_value, attn_mask and gate."""
-    call = _Call(query, key, value, prefix_key, prefix_value, attn_mask, gate, Rules(*rules))
-    P, scale, keep = prefix_key.shape[1], call.rules.scale, call.keep_scale
+    query, key, value, prefix_key, prefix_value, attn_mask, gate = tensors
+    call = _Call(tensors, options)
+    P, scale, keep = call.P, options.scale, call.keep_scale
     dy = call.fold(dy)
     dq = torch.empty_like(query)
     dq_folded = call.fold(dq)
@@ -138,7 +127,7 @@ def attention_bwd(
             part = chunk.of_mask(dmask)
             part += ds[..., P:].view(call.shape(chunk, -1)).sum_to_size(part.shape)
         if logits is not None:  # cap' = 1 - tanh²
-            ds *= 1 - (logits / call.rules.softcap).square()
+            ds *= 1 - (logits / call.options.softcap).square()
         if "query" in needs:
             chunk.put(dq_folded, call.product(ds, joint_key, scale, "rows"))
         if needs & {"key", "prefix_key"}:
@@ -154,22 +143,14 @@ def attention_bwd(
     return {name: grads[name].to(inputs[name].dtype) for name in needs}
 
 
-def attention_dropout_mask(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    attn_mask: Tensor | None,
-    gate: Tensor | None,
-    *rules: Any,
-) -> Tensor:
+def attention_dropout_mask(tensors: Tensors, options: Options) -> Tensor:
     """The mask (Z, H, S, P + T), True where a weight is kept, of a call of `attention_fwd` with these arguments.
 
     It is made chunk by chunk, so it depends on all of them; keys that a query does not see count as kept.
     """
-    call = _Call(query, key, value, prefix_key, prefix_value, attn_mask, gate, Rules(*rules))
-    (Z, H, S, _), T, P = query.shape, key.shape[2], prefix_key.shape[1]
+    call = _Call(tensors, options)
+    query, key, *_ = tensors
+    (Z, H, S, _), T, P = query.shape, key.shape[2], call.P
     keep = torch.ones(Z, H, S, P + T, dtype=torch.bool, device=query.device)
     folded = call.fold(keep)
     for chunk, dropped in call.chunks():
@@ -185,17 +166,8 @@ def attention_dropout_mask(
 class _Call:
     """One call's tensors with the kv heads in front, and the pieces of its forward and backward."""
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        prefix_key: Tensor,
-        prefix_value: Tensor,
-        attn_mask: Tensor | None,
-        gate: Tensor | None,
-        rules: Rules,
-    ) -> None:
+    def __init__(self, tensors: Tensors, options: Options) -> None:
+        query, key, value, prefix_key, prefix_value, attn_mask, gate = tensors
         self.wide = torch.promote_types(query.dtype, torch.float32)
         self.H_KV, self.P = prefix_key.shape[:2]
         self.G = query.shape[1] // self.H_KV
@@ -204,8 +176,8 @@ class _Call:
         # Rounded to the activations' dtype, as where they meet in memory.
         self.prefix_key, self.prefix_value = (p.to(query.dtype).to(self.wide) for p in (prefix_key, prefix_value))
         self.gate = None if gate is None else gate.to(self.wide).view(self.H_KV, self.G)
-        self.rules = rules
-        self.keep_scale = keep_scale(rules.threshold) if rules.threshold else 1.0
+        self.options = options
+        self.keep_scale = keep_scale(options.threshold) if options.threshold else 1.0
         self.mask: Tensor | None = None
         self.seen: Tensor | None = None  # (S, T)
         if attn_mask is not None:
@@ -232,11 +204,11 @@ class _Call:
 
     def chunks(self) -> Iterator[tuple[_Chunk, Dropped | None]]:
         """The chunks of the call in their order, each with what dropout drops of it."""
-        chunks, threshold = list(self._chunks()), self.rules.threshold
+        chunks, threshold = list(self._chunks()), self.options.threshold
         if not threshold:
             return zip(chunks, [None] * len(chunks), strict=True)
         shapes = [self.shape(chunk, self.P + chunk.keys.stop - chunk.keys.start) for chunk in chunks]
-        return zip(chunks, dropped_pieces(self.rules.seed, shapes, threshold), strict=True)
+        return zip(chunks, dropped_pieces(self.options.seed, shapes, threshold), strict=True)
 
     def shape(self, chunk: _Chunk, columns: int) -> tuple[int, ...]:
         heads, batch, rows = (part.stop - part.start for part in chunk[:3])
@@ -256,7 +228,7 @@ class _Call:
 
     def _row_blocks(self, limit: int) -> list[tuple[slice, slice]]:
         """Blocks of queries, each with the range of keys that one of them may see."""
-        S, T, (_, _, is_causal, window, *_) = self.query.shape[3], self.key.shape[2], self.rules
+        S, T, (_, _, is_causal, window, *_) = self.query.shape[3], self.key.shape[2], self.options
         differ = is_causal or window is not None or self.seen is not None
         height = max(1, limit // (self.G * (self.P + T)))
         if differ:
@@ -276,7 +248,7 @@ class _Call:
 
     def _triangle(self, chunk: _Chunk) -> Tensor | None:
         """What is_causal and the window add to a chunk's own logits, (S, T), None where that is nothing."""
-        (_, _, is_causal, window, *_), rows, keys = self.rules, chunk.rows, chunk.keys
+        (_, _, is_causal, window, *_), rows, keys = self.options, chunk.rows, chunk.keys
         if not is_causal and window is None:
             return None
         name = (rows.start, keys.start, keys.stop)
@@ -291,8 +263,11 @@ class _Call:
         return self.triangles[name]
 
     def joint(self, chunk: _Chunk, prefix: Tensor, own: Tensor) -> Tensor:
-        """[prefix; own] of a chunk, (B, P + keys, DH): a copy that stays in the cache, since one matmul of both takes
-        two thirds of the time of two that write beside each other."""
+        """[prefix; own] of a chunk, (B, P + keys, DH).
+
+        A copy that stays in the cache. One matmul with both takes a third (192 products of 32 by 48) to nine tenths
+        (3 of 256 by 320) of the time of two that write beside each other.
+        """
         own = own[chunk.heads, chunk.batch, chunk.keys]
         heads, batch, keys, DH = own.shape
         out = own.new_empty(heads, batch, self.P + keys, DH, dtype=self.wide)
@@ -339,8 +314,8 @@ class _Call:
 
     def weights(self, chunk: _Chunk, q: Tensor, joint_key: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         """With a soft cap the capped logits without masks, the softmax or the two of them, and these with the gate."""
-        logits = self.product(q, joint_key.mT, self.rules.scale, "logits")
-        capped, softcap = None, self.rules.softcap
+        logits = self.product(q, joint_key.mT, self.options.scale, "logits")
+        capped, softcap = None, self.options.softcap
         if softcap is not None:
             capped = logits.div_(softcap).tanh_().mul_(softcap)
             logits = capped.clone()

@@ -14,7 +14,6 @@ adds to it, and q = h: the second line, with u = h + r, and where there is no LN
     "norm"      y = LN(LN(u) + s·t(LN(u)) + r)      around a LayerNorm
 """
 
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,8 +28,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_fast.layers import ADAPTER_INITS, init_adapter
+from peft_fast.methods._checks import check_targets, is_number
 from peft_fast.methods.bottleneck_targets import default_targets
 from peft_fast.ops import bottleneck_adapter
+from peft_fast.ops._shared import fit
 from peft_fast.reference import ACTIVATIONS
 
 _STYLES = ("houlsby", "pfeiffer", "parallel")
@@ -106,10 +107,7 @@ class BottleneckConfig(PeftConfig):
         if self.bottleneck_size is None and self.reduction_factor is None:
             self.reduction_factor = 16
         self._check()
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as peft's own configs do
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        check_targets(self)
 
     def _check(self) -> None:
         known = {"style": _STYLES, "activation": ACTIVATIONS, "init": ADAPTER_INITS, "residual_from": _RESIDUALS}
@@ -124,11 +122,11 @@ class BottleneckConfig(PeftConfig):
             )
         if size is not None and (not isinstance(size, int) or size < 1):
             raise ValueError(f"bottleneck_size: expected a whole number of at least 1, got {size!r}")
-        if factor is not None and not (_is_number(factor) and factor > 0):
+        if factor is not None and not (is_number(factor) and factor > 0):
             raise ValueError(f"reduction_factor: expected a number above 0, got {factor!r}")
-        if self.scaling != "learned" and not _is_number(self.scaling):
+        if self.scaling != "learned" and not is_number(self.scaling):
             raise ValueError(f'scaling: expected a number or "learned", got {self.scaling!r}')
-        if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
+        if not is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: must lie in [0, 1), got {self.dropout!r}")
         if self.residual_after_norm and not self.norm_after:
             raise ValueError("residual_after_norm: needs norm_after, got residual_after_norm=True, norm_after=False")
@@ -136,13 +134,6 @@ class BottleneckConfig(PeftConfig):
             raise ValueError(f'residual_from: needs style "pfeiffer", got {self.residual_from!r} and {self.style!r}')
         if self.source_module is not None and self.style == "houlsby":
             raise ValueError(f'source_module: style "houlsby" has none, got {self.source_module!r}')
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            raise ValueError(
-                f"layers_to_transform: write the layers into the regular expression target_modules, "
-                f"got {self.layers_to_transform!r} and {self.target_modules!r}"
-            )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(f"layers_pattern: needs layers_to_transform, got layers_pattern={self.layers_pattern!r}")
 
 
 class _Source:
@@ -285,7 +276,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         scaling: Any = self.bottleneck_scaling[adapter_name] if config.scaling == "learned" else config.scaling
 
         def weight_and_bias(modules: nn.ModuleDict) -> tuple[Tensor, Tensor]:
-            return _fit(modules[adapter_name].weight, dtype), _fit(modules[adapter_name].bias, dtype)
+            return fit(modules[adapter_name].weight, dtype), fit(modules[adapter_name].bias, dtype)
 
         down_weight, down_bias = weight_and_bias(self.bottleneck_down)
         up_weight, up_bias = weight_and_bias(self.bottleneck_up)
@@ -383,16 +374,6 @@ class BottleneckModel(BaseTuner):
             if isinstance(module, BottleneckLayer):
                 module.release_sources()
         return super().unload()
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _fit(parameter: Any, dtype: torch.dtype) -> Tensor:
-    """As the op takes it: in the activations' dtype, or in float32 beside 16 bits."""
-    beside = parameter.dtype == torch.float32 and dtype in (torch.float16, torch.bfloat16)
-    return parameter if beside else parameter.to(dtype)
 
 
 def _width(module: Any, side: Literal[0, 1], model_config: Any) -> int:

@@ -1,13 +1,13 @@
 """The configuration of prefix tuning."""
 
 import copy
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from peft_fast.methods._checks import check_targets, is_number
 from peft_fast.methods.prefix_targets import SIDES
 
 _LAYERS = ("all", "input")
@@ -90,10 +90,7 @@ class PrefixConfig(PeftConfig):
         if isinstance(self.targets, str):
             self.targets = [self.targets]
         self._check()
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as peft's own configs do
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        check_targets(self)
 
     def _check(self) -> None:
         for name, choices in ("layers", _LAYERS), ("init", _INITS):
@@ -105,18 +102,11 @@ class PrefixConfig(PeftConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
-        if not _is_number(self.prefix_dropout) or not 0.0 <= self.prefix_dropout < 1.0:
+        if not is_number(self.prefix_dropout) or not 0.0 <= self.prefix_dropout < 1.0:
             raise ValueError(f"prefix_dropout: must lie in [0, 1), got {self.prefix_dropout!r}")
         self._check_init()
         if self.layers == "input":
             self._check_input()
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            raise ValueError(
-                f"layers_to_transform: write the layers into the regular expression target_modules, "
-                f"got {self.layers_to_transform!r} and {self.target_modules!r}"
-            )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(f"layers_pattern: needs layers_to_transform, got layers_pattern={self.layers_pattern!r}")
 
     def _check_init(self) -> None:
         if self.reparametrization and self.init != "random":
@@ -144,7 +134,3 @@ class PrefixConfig(PeftConfig):
         saved = copy.copy(self)
         saved.trained = True
         return saved.save_pretrained(save_directory, **kwargs)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

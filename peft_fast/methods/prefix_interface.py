@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.utils import logging
 
 from peft_fast.ops import prefix_attention
+from peft_fast.ops._shared import fit
 
 # The name of the prefix among an attention module's children.
 CHILD = "attn_prefix"
@@ -130,10 +131,6 @@ def _with_prefix(
         )
     if kwargs.get("output_attentions"):
         _logger.warning_once("Behind a prefix, no attention weights are returned, as under sdpa.")
-    device = query.device.type
-    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     S, T = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     # Eager functions hide nothing that the mask does not hide. Without a mask, sdpa's query i sees keys 0 to i: the
@@ -156,21 +153,15 @@ def _with_prefix(
         query,
         key,
         value,
-        _fit(prefix_key, query.dtype),
-        _fit(prefix_value, query.dtype),
+        fit(prefix_key, query.dtype),
+        fit(prefix_value, query.dtype),
         attn_mask=mask,
         is_causal=causal,
         scale=scaling,
         softcap=softcap,
-        gate=None if gate is None else _fit(gate, query.dtype),
+        gate=None if gate is None else fit(gate, query.dtype),
         dropout_p=dropout,
     )
-
-
-def _fit(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """As the op takes it: in the activations' dtype, or in float32 beside 16 bits."""
-    beside = parameter.dtype == torch.float32 and dtype in (torch.float16, torch.bfloat16)
-    return parameter if beside else parameter.to(dtype)
 
 
 def _eager_function(kind: type) -> Callable:

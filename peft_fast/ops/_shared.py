@@ -36,6 +36,12 @@ def as_tensor(scaling: float | Tensor, like: Tensor) -> Tensor:
     return torch.ones((), dtype=wide, device=like.device) * scaling
 
 
+def fit(parameter: Any, dtype: torch.dtype) -> Tensor:
+    """As an op takes a parameter beside activations of `dtype`: in that dtype, or in float32 beside 16 bits."""
+    beside = parameter.dtype == torch.float32 and dtype in (torch.float16, torch.bfloat16)
+    return parameter if beside else parameter.to(dtype)
+
+
 def saved_tensors(ctx: Any, op: str) -> tuple[Tensor | None, ...]:
     try:
         return ctx.saved_tensors

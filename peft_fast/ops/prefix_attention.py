@@ -1,13 +1,13 @@
 """The prefix attention op: validate, schema, launch, fake, autograd, public function."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from peft_fast import eager, reference, support
-from peft_fast.eager.prefix_attention import empty_y
+from peft_fast.eager.prefix_attention import Options, empty_y
 from peft_fast.ops import _shared
 from peft_fast.ops._shared import LIBRARY, resolve
 
@@ -24,20 +24,6 @@ LIBRARY.define(
     f"prefix_attention_bwd(Tensor dy, {_TENSORS}, {_OPTIONS}, Tensor[] saved, str[] needs, str plan) -> Tensor[]"
 )
 LIBRARY.define(f"attention_dropout_mask({_TENSORS}, {_OPTIONS}, str plan) -> Tensor")
-
-
-class Options(NamedTuple):
-    """What is not a tensor in a call, and its seed."""
-
-    threshold: int
-    seed: Tensor | None
-    is_causal: bool
-    sliding_window: int | None
-    softcap: float | None
-    scale: float
-
-    def keywords(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("is_causal", "sliding_window", "softcap", "scale")}
 
 
 def _validate(
@@ -116,7 +102,7 @@ def _launch_fwd(tensors: Any, options: Options, plan: str, traced: bool = False)
     if traced:
         return torch.ops.peft_fast.prefix_attention_fwd(*tensors, *options, plan)
     if plan == "eager":
-        return [eager.attention_fwd(*tensors, *options)]
+        return [eager.attention_fwd(tensors, options)]
     launch = _shared.kernels("prefix_attention").attention_fwd
     return list(launch(*resolve(*tensors), options.threshold, options.seed, **options.keywords()))
 
@@ -130,7 +116,7 @@ def _launch_bwd(
         grads = torch.ops.peft_fast.prefix_attention_bwd(dy, *tensors, *options, list(saved), named, plan)
         return dict(zip(named, grads, strict=True))
     if plan == "eager":
-        return eager.attention_bwd(dy, *tensors, *options, needs=needs)
+        return eager.attention_bwd(dy, tensors, options, needs)
     launch = _shared.kernels("prefix_attention").attention_bwd
     dy, *tensors = resolve(dy, *tensors)
     return launch(dy, *tensors, options.threshold, options.seed, *saved, **options.keywords(), needs=needs)
@@ -159,7 +145,7 @@ def _dropout_mask(*args):
     n = len(INPUTS)
     *options, plan = args[n:]
     if plan == "eager":
-        return eager.attention_dropout_mask(*args[:n], *options)
+        return eager.attention_dropout_mask(args[:n], Options(*options))
     shape = (*query.shape[:3], prefix_key.shape[1], key.shape[2])
     mask = _shared.kernels("prefix_attention").attention_dropout_mask
     return mask(options[1], shape, options[0])

@@ -1,0 +1,22 @@
+"""What the configurations check in the same way."""
+
+import math
+from typing import Any
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_targets(config: Any) -> None:
+    """Raise ValueError where the fields that choose modules contradict each other; make lists sets, as peft does."""
+    if config.layers_to_transform is not None and isinstance(config.target_modules, str):
+        raise ValueError(
+            f"layers_to_transform: write the layers into the regular expression target_modules, "
+            f"got {config.layers_to_transform!r} and {config.target_modules!r}"
+        )
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ValueError(f"layers_pattern: needs layers_to_transform, got layers_pattern={config.layers_pattern!r}")
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(getattr(config, name), list):
+            setattr(config, name, set(getattr(config, name)))
