@@ -6,9 +6,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils.checkpoint import checkpoint
 
 import peft_fast
 from peft_fast import reference, support
@@ -369,119 +366,6 @@ def test_prefix_gradients_of_a_large_batch_are_summed_in_float32():
     for name in ("prefix_key", "prefix_value"):
         error = (actual[name] - truth[name]).abs().max() / truth[name].abs().max()
         assert error < 1e-5
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved", "reentrant"])
-@pytest.mark.parametrize("numel", ["small", "large"])
-def test_checkpointing_draws_the_same_mask(use_reentrant, numel):
-    size = 8 if numel == "small" else 200
-    inputs = prefix_attention_inputs(2, 4, 2, size, size, 3, 16)
-    leaves = {name: leaf.requires_grad_() for name, leaf in inputs.leaves().items()}
-
-    def call(*tensors):
-        return prefix_attention(*tensors, dropout_p=0.3)
-
-    results = []
-    for run in (call, lambda *tensors: checkpoint(call, *tensors, use_reentrant=use_reentrant)):
-        torch.manual_seed(1)
-        y = run(*leaves.values())
-        y.backward(inputs.dy)
-        results.append([y.detach(), *(leaf.grad for leaf in leaves.values())])
-        for leaf in leaves.values():
-            leaf.grad = None
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def test_autocast():
-    """As torch's attention: in autocast's dtype, the prefix kept in float32."""
-    inputs = prefix_attention_inputs(2, 4, 2, 16, 16, 3, 16)
-    leaves = {name: leaf.requires_grad_() for name, leaf in inputs.leaves().items()}
-    for backend in ("auto", "eager"):
-        with peft_fast.backend(backend), torch.autocast("cpu", torch.bfloat16):
-            y = prefix_attention(**leaves)
-        assert y.dtype == torch.bfloat16
-        y.backward(inputs.dy.bfloat16())
-        assert all(leaf.grad.dtype == torch.float32 for leaf in leaves.values())
-
-
-OPTIONS = [{}, {"is_causal": True, "dropout_p": 0.2}, {"softcap": 2.0, "sliding_window": 5}]
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck(backend, options):
-    inputs = prefix_attention_inputs(2, 4, 2, 16, 18, 3, 16, gate="softcap" in options)
-    leaves = inputs.leaves()
-    tensors = [leaves.get(name) for name in ("query", "key", "value", "prefix_key", "prefix_value")]
-    tensors = [tensor.requires_grad_() for tensor in tensors]
-    tensors += [torch.ones(16, 18, dtype=torch.bool), inputs.gate]
-    threshold = reference.drop_threshold(options.get("dropout_p", 0.0))
-    seed = torch.tensor([SEED]) if threshold else None
-    window, cap = options.get("sliding_window"), options.get("softcap")
-    rules = [threshold, seed, options.get("is_causal", False), window, cap, 0.25]
-    torch.library.opcheck(torch.ops.peft_fast.prefix_attention, (*tensors, *rules, backend))
-    plan = "eager" if backend == "eager" else "split"
-    plain = [None if tensor is None else tensor.detach() for tensor in tensors]
-    torch.library.opcheck(torch.ops.peft_fast.prefix_attention_fwd, (*plain, *rules, plan))
-    _, *lse = results = torch.ops.peft_fast.prefix_attention_fwd(*plain, *rules, plan)
-    needs = ["query", "key", "value", "prefix_key", "prefix_value"]
-    args = (inputs.dy, *plain, *rules, results if lse else [], needs, plan)
-    torch.library.opcheck(torch.ops.peft_fast.prefix_attention_bwd, args)
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("size", [8, 400])
-def test_compiled(options, size):
-    """One graph, and the same results; small calls as torch's own attention."""
-    torch._dynamo.reset()
-    inputs = prefix_attention_inputs(2, 4, 2, size, size, 3, 16)
-    seed = {"seed": torch.tensor([SEED])} if "dropout_p" in options else {}
-
-    def call(*tensors):
-        return prefix_attention(*tensors, **options, **seed)
-
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    results = []
-    for run in (call, compiled):
-        leaves = [leaf.detach().requires_grad_() for leaf in inputs.leaves().values()]
-        y = run(*leaves)
-        results.append([y.detach(), *torch.autograd.grad(y, leaves, inputs.dy)])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
-def test_function_transforms_and_traces():
-    inputs = prefix_attention_inputs(2, 4, 2, 96, 96, 3, 16, dtype=torch.float64)
-    leaves = inputs.leaves()
-    options = {"dropout_p": 0.2, "seed": torch.tensor([SEED])}
-
-    def loss(prefix_key):
-        return (prefix_attention(**leaves | {"prefix_key": prefix_key}, **options) * inputs.dy).sum()
-
-    expected = forward_backward(prefix_attention, inputs, **options)["prefix_key"]
-    torch.testing.assert_close(torch.func.grad(loss)(inputs.prefix_key), expected)
-    jvp = torch.func.jvp(loss, (inputs.prefix_key,), (torch.ones_like(inputs.prefix_key),))[1]
-    torch.testing.assert_close(jvp, expected.sum())
-    leaf = inputs.prefix_key.detach().requires_grad_()
-    graph = make_fx(lambda t: torch.autograd.grad(loss(t), t))(leaf)
-    torch.testing.assert_close(graph(leaf)[0], expected)
-    y = prefix_attention(**leaves | {"prefix_key": leaf}, **options)
-    batched = torch.autograd.grad(y, leaf, torch.stack([inputs.dy, 2 * inputs.dy]), is_grads_batched=True)[0]
-    torch.testing.assert_close(batched, torch.stack([expected, 2 * expected]))
-    with FakeTensorMode() as mode:
-        fake = {name: mode.from_tensor(leaf) for name, leaf in leaves.items()}
-        assert prefix_attention(**fake).shape == inputs.query.shape
-
-
-def test_an_input_changed_in_place_is_an_error():
-    inputs = prefix_attention_inputs(2, 4, 2, 96, 96, 3, 16)
-    query = inputs.query.clone()
-    with peft_fast.backend("eager"):
-        y = prefix_attention(**inputs.leaves() | {"query": query, "prefix_key": inputs.prefix_key.requires_grad_()})
-    query += 1
-    with pytest.raises(RuntimeError, match="prefix_attention: a tensor saved for backward"):
-        y.backward(inputs.dy)
 
 
 def test_errors_name_the_argument_and_the_shapes():
