@@ -282,7 +282,8 @@ def prefix_attention(
         seed: one int64 on query's device that the mask is made from; drawn from torch's generator where not given.
 
     Returns y (Z, H, S, DH) in query's dtype, a transposed (Z, S, H, DH). Under autocast query, key and value are cast
-    to autocast's dtype first. Neither logits nor masks of dropout are kept for backward.
+    to autocast's dtype first. Neither logits nor masks of dropout are kept for backward, nor copies of the prefix;
+    but on the CPU torch's own attention runs where it is as fast, and keeps what it keeps.
 
     Raises ValueError where shapes, dtypes or devices do not fit or a number is out of range, NotImplementedError where
     an explicit `backend` cannot serve.
