@@ -243,6 +243,13 @@ def test_large_calls_run_as_usual_where_no_key_can_be_left_out():
     assert is_ours(attn_mask=padding & causal)
     assert is_ours(sliding_window=30)
     assert is_ours(attn_mask=torch.zeros(300, 300).masked_fill(~causal, -torch.inf))
+    # One block of rows sees all keys together.
+    leaves = {
+        name: leaf.requires_grad_()
+        for name, leaf in prefix_attention_inputs(64, 2, 2, 128, 128, 16, 16).leaves().items()
+    }
+    assert not is_ours(is_causal=True)
+    assert is_ours(is_causal=True, dropout_p=0.1)
 
 
 def test_small_calls_drop():

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_fast import eager, reference, support
-from peft_fast.eager.prefix_attention import Options, empty_y
+from peft_fast.eager.prefix_attention import BLOCK_ROWS, Options, empty_y
 from peft_fast.ops import _shared
 from peft_fast.ops._shared import LIBRARY, resolve
 
@@ -318,7 +318,7 @@ def prefix_attention(
     plain = query.is_cpu and backend == "auto" and seed is None and gate is None and softcap is None
     if plain and (
         _is_small(query, key, prefix_key, dropout_p)
-        or (not dropout_p and not is_causal and sliding_window is None and _rows_are_alike(query, attn_mask))
+        or (not dropout_p and _leaves_nothing_out(query, key, attn_mask, is_causal or sliding_window is not None))
     ):
         restricts = (is_causal and query.shape[2] > 1, sliding_window)
         return _as_usual(query, key, value, prefix_key, prefix_value, attn_mask, *restricts, scale, dropout_p)
@@ -339,11 +339,15 @@ def _is_small(query: Tensor, key: Tensor, prefix_key: Tensor, dropout_p: float) 
     return logits * (4 if dropout_p else 1) < support.MIN_CPU_ATTENTION_LOGITS
 
 
-def _rows_are_alike(query: Tensor, attn_mask: Tensor | None) -> bool:
-    """Whether all queries see the same keys, as far as a look at the first and the last tells.
+def _leaves_nothing_out(query: Tensor, key: Tensor, attn_mask: Tensor | None, restricted: bool) -> bool:
+    """Whether one block has all queries, or all see the same keys as far as a look at the first and the last tells.
 
-    Then there are none to leave out, which is how ours gets ahead of torch's fused attention on the CPU.
+    Keys that can be left out are how ours gets ahead of torch's fused attention on the CPU.
     """
+    if query.shape[2] * (query.shape[1] // key.shape[1]) <= BLOCK_ROWS:
+        return True
+    if restricted:
+        return False
     if attn_mask is None or attn_mask.dim() == 1 or attn_mask.shape[-2] == 1:
         return True
     return support.runs_plainly(query) and torch.equal(attn_mask[..., 0, :], attn_mask[..., -1, :])
