@@ -52,6 +52,8 @@ def peft_config(options: argparse.Namespace, task_type: TaskType, dropout: float
         return LoraConfig(
             task_type=task_type,
             target_modules="all-linear",
+            # peft leaves the head of a classifier out by itself, this one not.
+            exclude_modules=["qa_outputs"] if task_type == TaskType.QUESTION_ANS else None,
             r=options.rank,
             lora_alpha=options.alpha,
             lora_dropout=dropout,

@@ -99,7 +99,7 @@ class Task:
         last = tokens.char_to_token(question.start + len(question.answer) - 1, sequence_index=1)
         if first is None or last is None or not inside:
             return None
-        return {**tokens, "start_positions": first, "end_positions": last}
+        return {**tokens, "start_positions": first, "end_positions": last, "passage": (inside[0], inside[-1])}
 
     def build_model(self) -> PeftModel:
         options = self.options
@@ -116,6 +116,7 @@ class Task:
 
     def batches(self, rows: list[dict]) -> list[dict[str, torch.Tensor]]:
         size = self.options.batch_size
+        rows = [{key: value for key, value in row.items() if key != "passage"} for row in rows]
         return [dict(self.collate(rows[i : i + size])) for i in range(0, len(rows), size)]
 
 
@@ -148,21 +149,22 @@ def evaluate(task: Task, model: PeftModel) -> tuple[float, list[tuple[int, int]]
     """The loss on the held-out questions, and the span that the model gives for each, of positions in the passage."""
     model.eval()
     losses, spans = [], []
+    rows = iter(task.held_out)
     for batch in task.batches(task.held_out):
         output = model(**batch)
         losses += [output.loss.item()] * len(batch["input_ids"])
-        for row in range(len(batch["input_ids"])):
-            spans.append(best_span(output.start_logits[row], output.end_logits[row], batch["token_type_ids"][row] == 1))
+        for start, end in zip(output.start_logits, output.end_logits, strict=True):
+            spans.append(best_span(start, end, *next(rows)["passage"]))
     return statistics.fmean(losses), spans
 
 
-def best_span(start: torch.Tensor, end: torch.Tensor, inside: torch.Tensor, longest: int = 20) -> tuple[int, int]:
-    """The pair of positions in the passage, end not before start, with the largest sum of logits."""
-    n = len(start)
+def best_span(start: torch.Tensor, end: torch.Tensor, first: int, last: int, longest: int = 20) -> tuple[int, int]:
+    """The pair of positions in first..last, end not before start, with the largest sum of logits."""
+    start, end = start[first : last + 1], end[first : last + 1]
     scores = start[:, None] + end[None, :]
-    allowed = torch.ones(n, n, dtype=torch.bool).triu() & ~torch.ones(n, n, dtype=torch.bool).triu(longest)
-    scores = scores.masked_fill(~(allowed & inside[:, None] & inside[None, :]), -torch.inf)
-    return divmod(int(scores.argmax()), n)
+    allowed = torch.ones(scores.shape, dtype=torch.bool).triu().tril(longest - 1)
+    row, column = divmod(int(scores.masked_fill(~allowed, -torch.inf).argmax()), len(start))
+    return first + row, first + column
 
 
 def show(task: Task, spans: list[tuple[int, int]]) -> None:

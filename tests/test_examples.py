@@ -178,12 +178,42 @@ def test_the_decoded_span_lies_in_the_passage_and_does_not_end_before_it_starts(
 
     start, end = torch.zeros(8), torch.zeros(8)
     start[[0, 6]], end[[1, 3]] = torch.tensor([9.0, 5.0]), torch.tensor([9.0, 4.0])
-    inside = torch.arange(8) >= 2
-    assert question_answering.best_span(start, end, inside) == (6, 6)
+    assert question_answering.best_span(start, end, 2, 7) == (6, 6)
     end[7] = 1
-    assert question_answering.best_span(start, end, inside) == (6, 7)
+    assert question_answering.best_span(start, end, 2, 7) == (6, 7)
     end[3] = 8
-    assert question_answering.best_span(start, end, inside) == (2, 3)
+    assert question_answering.best_span(start, end, 2, 7) == (2, 3)
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter", "prefix"])
+def test_question_answering_with_each_method(assets, tmp_path, monkeypatch, capsys, method):
+    """End to end on a tiny model, whose tokenizer tells no segments apart."""
+    import question_answering
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    words = [f"w{i}" for i in range(40)]
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "what", *words]))
+    tokenizer = BertTokenizerFast(str(tmp_path / "vocab.txt"), model_input_names=["input_ids", "attention_mask"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "model")
+    draw = torch.Generator().manual_seed(0)
+    with (tmp_path / "questions.jsonl").open("w") as file:
+        for _ in range(24):
+            passage = [words[i] for i in torch.randperm(40, generator=draw)[:12]]
+            row = {"passage": " ".join(passage), "question": f"what {passage[0]}", "answer": " ".join(passage[3:5])}
+            file.write(json.dumps(row) + "\n")
+    arguments = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "questions.jsonl"), "--method", method]
+    arguments += ["--held-out", "8", "--batch-size", "8", "--epochs", "1", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["question_answering.py", *arguments])
+    question_answering.main()
+    printed = capsys.readouterr().out
+    assert f"{method}: 16 questions to train on, 8 held out" in printed
+    assert "of 8 spans exact" in printed
+    assert {"adapter_config.json", "adapter_model.safetensors", "loss.png"} <= {
+        p.name for p in (tmp_path / "out").iterdir()
+    }
 
 
 def test_question_answering_help():
