@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks._timing import NEVER_SLOWER, Turns, main
 from peft_fast.layers import BottleneckAdapter
+from peft_fast.testing import saved_bytes
 
 SHAPES = [(2048, 768, 48), (2048, 768, 256), (2048, 384, 24), (512, 2048, 64)]  # (M, K, R)
 DROPOUTS = [0.0, 0.1]
@@ -73,22 +74,10 @@ def steps(M: int, K: int, R: int, dropout_p: float, norm: str) -> dict[str, Call
     return {name: step(layer) for name, layer in layers.items()}
 
 
-def saved_bytes(layer: nn.Module, M: int, K: int) -> int:
+def layer_bytes(layer: nn.Module, M: int, K: int) -> int:
     """Bytes that autograd holds from forward to backward; x counted, parameters not."""
     x = torch.randn(M, K, requires_grad=True)
-    parameters = {parameter.data_ptr() for parameter in layer.parameters()}
-    saved: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        y = layer(x)
-    del y  # it kept every saved tensor alive, so that no two of them shared an address
-    return sum(saved.values())
+    return saved_bytes(lambda: layer(x), layer.parameters())
 
 
 def bytes_bar(dropout_p: float, norm: str) -> float:
@@ -118,7 +107,7 @@ def measure(seconds: float) -> list[dict]:
     print(" | ".join(header) + "\n" + " | ".join("---" for _ in header))
     for (M, K, R), dropout_p, norm in ROWS:
         variants = steps(M, K, R, dropout_p, norm)
-        saved = {name: saved_bytes(variants[name].layer, M, K) for name in ("usual", "ours")}  # type: ignore[attr-defined]
+        saved = {name: layer_bytes(variants[name].layer, M, K) for name in ("usual", "ours")}  # type: ignore[attr-defined]
         ms = Turns(variants).measure(seconds)
         rows.append(
             {"M": M, "K": K, "R": R, "dropout": dropout_p, "norm": norm, "milliseconds": ms, "saved_bytes": saved}

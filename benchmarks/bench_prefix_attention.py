@@ -20,6 +20,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks._timing import NEVER_SLOWER, Turns, main
 from peft_fast.ops import prefix_attention
+from peft_fast.testing import saved_bytes
 
 # (Z, H, H_KV, S, P, DH)
 SHAPES = [(8, 8, 2, 256, 64, 64), (16, 12, 12, 128, 32, 64), (4, 16, 16, 512, 128, 64)]
@@ -109,25 +110,10 @@ def steps(shape: tuple[int, ...], causal: bool, padded: bool) -> dict[str, Calla
     return {name: step(forward) for name, forward in variants.items()}
 
 
-def saved_bytes(shape: tuple[int, ...], causal: bool, padded: bool) -> dict[str, int]:
+def call_bytes(shape: tuple[int, ...], causal: bool, padded: bool) -> dict[str, int]:
     """Bytes that autograd holds from forward to backward; query, key and value counted, prefixes not."""
     tensors, _, variants = forwards(shape, causal, padded)
-    prefixes = {tensor.data_ptr() for tensor in tensors[3:]}
-    result = {}
-    for name, forward in variants.items():
-        saved: dict[int, int] = {}
-
-        def keep(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in prefixes:
-                saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            y = forward()
-        result[name] = sum(saved.values())
-        del y
-    return result
+    return {name: saved_bytes(forward, tensors[3:]) for name, forward in variants.items()}
 
 
 def missed_bars(row: dict) -> list[str]:
@@ -145,7 +131,7 @@ def measure(seconds: float) -> list[dict]:
     header = ["Z,H,H_KV,S,P,DH", "causal", "padded", *names, "ratio", "bytes ratio"]
     print(" | ".join(header) + "\n" + " | ".join("---" for _ in header))
     for shape, causal, padded in ROWS:
-        saved = saved_bytes(shape, causal, padded)
+        saved = call_bytes(shape, causal, padded)
         ms = Turns(steps(shape, causal, padded)).measure(seconds)
         rows.append({"shape": shape, "causal": causal, "padded": padded, "milliseconds": ms, "saved_bytes": saved})
         cells = [",".join(map(str, shape)), causal, padded, *(f"{ms[name]:.1f}" for name in names)]

@@ -44,6 +44,7 @@ from transformers import (
 from transformers.trainer_callback import ProgressCallback
 
 import peft_fast
+from peft_fast.testing import saved_bytes
 
 COMPARED_STEPS = 50  # steps without dropout over which the two loss curves are compared
 WARM_UP_STEPS = 5  # first steps of an epoch that are left out of the timing
@@ -173,24 +174,12 @@ class Task:
         trainer.add_callback(watch)
         return trainer
 
-    def saved_bytes(self, model: torch.nn.Module) -> int:
+    def step_bytes(self, model: torch.nn.Module) -> int:
         """Bytes that one training step holds from forward to backward, weights and other state excluded."""
         device = next(model.parameters()).device
         batch = DataCollatorWithPadding(self.tokenizer)(self.train[: self.options.batch_size]).to(device)
-        state = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-        saved: dict[int, int] = {}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in state:
-                saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
         model.train()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = model(**batch).loss
-        del loss  # it kept every saved tensor alive, so that no two of them shared an address
-        return sum(saved.values())
+        return saved_bytes(lambda: model(**batch).loss, (*model.parameters(), *model.buffers()))
 
 
 class Watch(ProgressCallback):
@@ -238,7 +227,7 @@ def train(task: Task) -> dict[str, Result]:
     watches = {name: Watch(name) for name in results}
     trainers = {name: task.trainer(models[name], watches[name]) for name in results}
     for name, result in results.items():
-        result.saved_activation_bytes = task.saved_bytes(models[name])
+        result.saved_activation_bytes = task.step_bytes(models[name])
     for epoch in range(options.epochs):
         # Stock first, then patched first: a machine that grows slower is no advantage to either.
         for name in sorted(results, reverse=epoch % 2 == 0):

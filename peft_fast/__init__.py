@@ -23,11 +23,13 @@ from peft_fast import layers, ops, reference  # noqa: E402
 from peft_fast.methods import BottleneckConfig, PrefixConfig  # noqa: E402
 from peft_fast.patch import PatchReport, patch, report, unpatch  # noqa: E402
 from peft_fast.support import backend  # noqa: E402
+from peft_fast.verify import VerifyReport, verify  # noqa: E402
 
 __all__ = [
     "BottleneckConfig",
     "PatchReport",
     "PrefixConfig",
+    "VerifyReport",
     "backend",
     "layers",
     "ops",
@@ -35,4 +37,5 @@ __all__ = [
     "reference",
     "report",
     "unpatch",
+    "verify",
 ]

@@ -147,8 +147,13 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name or "(model)", module
 
 
+def is_patched(module: nn.Module) -> bool:
+    """Whether `patch` has changed the class of this very module."""
+    return type(module) in _PATCHED or type(module) in prefix_patch.PATCHED
+
+
 def _since_patching(module: Any) -> str:
-    if type(module) not in _PATCHED and type(module) not in prefix_patch.PATCHED:
+    if not is_patched(module):
         return "not patched: call peft_fast.patch"
     reason = module.__dict__.get(_STOCK_CALL, "")
     return reason if reason.startswith("last call") else ""  # another reason holds no longer

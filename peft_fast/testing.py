@@ -1,6 +1,7 @@
 """What the tests of this package, and of code built on it, share: input factories and the one error budget."""
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,7 @@ def assert_within_budget(actual: Tensor, truth: Tensor, eager: Tensor, *, length
         length: the length L of the longest reduction behind one element, for the float64 bound.
         name: what the message calls `actual`.
 
-    fp32, fp16, bf16: max|y - y64| <= 2 (max|y_eager - y64| + eps max|y64|).
-    float64: max|y - y64| <= 4 eps sqrt(L) max|y64|. The result must be finite, of eager's shape and dtype.
+    The budget is `error_budget`. The result must be finite, of eager's shape and dtype.
     """
     assert actual.shape == eager.shape == truth.shape, (
         f"{name}: shape {tuple(actual.shape)}, eager's is {tuple(eager.shape)}, the truth's {tuple(truth.shape)}"
@@ -28,14 +28,44 @@ def assert_within_budget(actual: Tensor, truth: Tensor, eager: Tensor, *, length
     if actual.numel() == 0:
         return
     assert torch.isfinite(actual).all(), f"{name}: not finite"
-    eps = torch.finfo(actual.dtype).eps
-    scale = truth.abs().max().item()
-    error = (actual.double() - truth).abs().max().item()
-    if actual.dtype == torch.float64:
-        budget = 4 * eps * math.sqrt(length) * scale
-    else:
-        budget = 2 * ((eager.double() - truth).abs().max().item() + eps * scale)
-    assert error <= budget, f"{name}: error {error:.3e} exceeds the budget {budget:.3e} (largest value {scale:.3e})"
+    error, budget = largest_error(actual, truth), error_budget(truth, eager, length)
+    assert error <= budget, (
+        f"{name}: error {error:.3e} exceeds the budget {budget:.3e} (largest value {truth.abs().max().item():.3e})"
+    )
+
+
+def largest_error(actual: Tensor, truth: Tensor) -> float:
+    """max|y - y64|."""
+    return (actual.double() - truth.double()).abs().max().item()
+
+
+def error_budget(truth: Tensor, eager: Tensor, length: int = 1) -> float:
+    """The error that is allowed where the truth is y64 and eager torch gives y_eager.
+
+    fp32, fp16, bf16: max|y - y64| <= 2 (max|y_eager - y64| + eps max|y64|).
+    float64: max|y - y64| <= 4 eps sqrt(L) max|y64|.
+    """
+    eps, scale = torch.finfo(eager.dtype).eps, truth.abs().max().item()
+    if eager.dtype == torch.float64:
+        return 4 * eps * math.sqrt(length) * scale
+    return 2 * (largest_error(eager, truth) + eps * scale)
+
+
+def saved_bytes(forward: Callable[[], Any], known: Iterable[Tensor] = ()) -> int:
+    """Bytes that autograd holds from `forward()` to its backward, each storage once, those of `known` not counted."""
+    others = {tensor.untyped_storage().data_ptr() for tensor in known}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in others:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()
+    del result  # it kept every saved tensor alive, so that no two of them shared an address
+    return sum(saved.values())
 
 
 @dataclass

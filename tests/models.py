@@ -1,7 +1,10 @@
 """Small random models of the kinds that people fine-tune, with peft LoRA on them."""
 
+import copy
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners import lora
 from torch import nn
 from transformers import (
     BertConfig,
@@ -11,6 +14,9 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+
+import peft_fast
+from peft_fast.testing import assert_within_budget
 
 VOCABULARY = 50
 
@@ -107,3 +113,31 @@ def loss_and_gradients(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dic
     output.loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"loss": output.loss.detach(), "logits": output.logits.detach()} | gradients
+
+
+def states(model: nn.Module) -> set[str]:
+    return {row.state for row in peft_fast.report(model).rows}
+
+
+def patched_copy(model: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(model)
+    peft_fast.patch(copied)
+    return copied
+
+
+def lora_layers(model: nn.Module) -> list[lora.Linear]:
+    return [module for module in model.modules() if isinstance(module, lora.Linear)]
+
+
+def assert_same_step(stock: nn.Module, patched: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
+    """Loss, logits and all gradients within the error budget that stock's own error sets."""
+    truth = loss_and_gradients(copy.deepcopy(stock).double(), inputs)
+    expected, actual = loss_and_gradients(stock, inputs), loss_and_gradients(patched, inputs)
+    assert actual.keys() == expected.keys() == truth.keys()
+    assert len(actual) > 2
+    for name in actual:
+        assert_within_budget(actual[name], truth[name], expected[name], length=128, name=name)
+
+
+def assert_equal_logits(stock: nn.Module, patched: nn.Module) -> None:
+    assert torch.allclose(patched(**batch()).logits, stock(**batch()).logits, atol=1e-6)

@@ -11,6 +11,7 @@ def test_public_names():
         "BottleneckConfig",
         "PatchReport",
         "PrefixConfig",
+        "VerifyReport",
         "backend",
         "layers",
         "ops",
@@ -18,6 +19,7 @@ def test_public_names():
         "reference",
         "report",
         "unpatch",
+        "verify",
     ]
     assert all(hasattr(peft_fast, name) for name in peft_fast.__all__)
     assert peft_fast.ops.__all__ == ["bottleneck_adapter", "lora_linear", "prefix_attention"]

@@ -172,7 +172,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan, traced):
         shape = x.shape
-        rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+        rows = x if len(shape) == 2 else _shared.rows(x)
         y, s = _launch_fwd(rows, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan, traced)
         need_x, _, need_a, need_b, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
@@ -201,8 +201,8 @@ def _backward(ctx, dy, x, weight, lora_a, lora_b, s, seed, needs):
         return _differentiable_bwd(ctx, dy, x, weight, lora_a, lora_b, seed, needs)
     shape, traced = ctx.x_shape, not support.runs_plainly(dy)
     if len(shape) != 2:
-        dy = dy.reshape(-1, dy.shape[-1])
-        x = x if x is None else x.reshape(-1, shape[-1])
+        dy = _shared.rows(dy)
+        x = x if x is None else _shared.rows(x)
     dx, *others = _launch_bwd(
         dy, x, weight, lora_a, lora_b, s, ctx.scaling, ctx.threshold, seed, needs, ctx.plan, traced
     )
@@ -225,7 +225,7 @@ def _differentiable_bwd(ctx, dy, x, weight, lora_a, lora_b, seed, needs):
     y = _differentiable(x, weight, lora_a, lora_b, None, ctx.scaling, ctx.threshold, seed, ctx.plan)
     grads = iter(torch.autograd.grad(y, inputs, dy, create_graph=True) if inputs else ())
     dx, da, db = (next(grads) if need else None for need in (need_x, need_a, need_b))
-    return dx, da, db, dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None
+    return dx, da, db, _shared.rows(dy).sum(0) if need_bias else None
 
 
 def _differentiable(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan):
@@ -255,7 +255,7 @@ def _lora_linear_autograd(x, weight, lora_a, lora_b, bias, scaling, threshold, s
 @torch.library.impl(LIBRARY, "lora_linear", "CompositeExplicitAutograd")
 def _lora_linear_inference(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, backend):
     plan = support.choose_plan(x, backend)
-    y, _ = _launch_fwd(x.reshape(-1, x.shape[-1]), weight, lora_a, lora_b, bias, scaling, threshold, seed, plan)
+    y, _ = _launch_fwd(_shared.rows(x), weight, lora_a, lora_b, bias, scaling, threshold, seed, plan)
     return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
 
 
