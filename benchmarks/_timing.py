@@ -6,6 +6,7 @@ import platform
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +50,8 @@ def main(doc: str | None, measure: Callable[[float], list[dict]], missed_bars: C
     parser.add_argument("--seconds", type=float, default=5.0, help="how long to measure a row (default 5)")
     parser.add_argument("--json", type=Path, help="write the rows, with device and versions, to this file")
     arguments = parser.parse_args()
+    # peft 0.21 asks transformers 5.23 for a property under its old name.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     rows = measure(arguments.seconds)
     if arguments.json:
         write_rows(arguments.json, rows)
