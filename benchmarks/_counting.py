@@ -12,7 +12,7 @@ kernel is watched: each address that its loads and stores touch is marked, so th
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -45,6 +45,13 @@ class Launch:
     @property
     def moved(self) -> int:
         return self.read + self.written
+
+
+def totals(launches: Iterable[Launch]) -> dict[str, int]:
+    """Their number and the sums of what they move, ask for and compute."""
+    launches = list(launches)
+    sums = {name: sum(getattr(launch, name) for launch in launches) for name in ("moved", "asked", "flops")}
+    return {"launches": len(launches), **sums}
 
 
 _NOTHING = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
@@ -80,7 +87,8 @@ class AtenCounter(TorchDispatchMode):
         outputs = _tensors([*(given[name] for name in changed if name in given), result])
         flops = 0
         if packet in flop_registry:
-            flops = flop_registry[packet](*args, **kwargs, out_val=result)
+            # torch's formulas do not know that half of the products of causal attention are left out.
+            flops = flop_registry[packet](*args, **kwargs, out_val=result) // (1 + bool(given.get("is_causal")))
         read, written = (sum(map(nbytes, tensors)) for tensors in (inputs, outputs))
         bits = next((8 * tensor.element_size() for tensor in inputs if tensor.is_floating_point()), 16)
         if read + written:

@@ -6,20 +6,24 @@ figure: each buffer once. Products stay the vendor's.
 """
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._dynamo.utils import detect_fake_mode
-from torch._inductor.compile_fx import compile_fx, record_original_output_strides
-from torch._inductor.debug import DebugContext
-from torch._inductor.fx_passes.post_grad import post_grad_passes
-from torch._inductor.graph import GraphLowering
-from torch._inductor.ir import MultiOutput
-from torch._inductor.scheduler import ExternKernelSchedulerNode, NopKernelSchedulerNode
-from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, which Inductor imports
+    from torch._inductor.compile_fx import compile_fx, record_original_output_strides
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.fx_passes.post_grad import post_grad_passes
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.ir import MultiOutput
+    from torch._inductor.scheduler import ExternKernelSchedulerNode, NopKernelSchedulerNode
+    from torch._inductor.virtualized import V
 
 from benchmarks._counting import Launch
 

@@ -13,108 +13,19 @@ each launch; *asked* is what all programs ask for, caches answering for the diff
 """
 
 import argparse
-import importlib.metadata
-import json
 import os
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
 
-import torch
-from triton.backends.compiler import GPUTarget
-
 from benchmarks import _models, _variants, formulas
-from benchmarks._counting import Launch, count
-
-CHIPS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32)}
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-
-# What the interpreter runs: tails in every dimension, each pair of types, dropout on and off, one block of the rank
-# and several, one read of dy and two.
-INTERPRETED: list[tuple[str, Callable, dict[str, Any]]] = [
-    ("LoRA layer", _variants.lora, sizes | options)
-    for sizes, options in [
-        ({"M": 136, "K": 160, "N": 264, "R": 8}, {"factors": FP32, "dropout": 0.1, "bias": True}),
-        ({"M": 67, "K": 131, "N": 77, "R": 100}, {"factors": BF16}),
-        ({"M": 300, "K": 96, "N": 520, "R": 16}, {"dtype": FP16, "factors": FP32, "dropout": 0.5}),
-        ({"M": 130, "K": 257, "N": 129, "R": 3}, {"dtype": FP32, "factors": FP32, "dropout": 0.1, "bias": True}),
-        ({"M": 128, "K": 256, "N": 128, "R": 16}, {"factors": BF16, "bias": True}),
-        ({"M": 65, "K": 384, "N": 200, "R": 64}, {"factors": FP32, "dropout": 0.1}),
-    ]
-]
-INTERPRETED += [
-    ("bottleneck adapter", _variants.adapter, sizes | options)
-    for sizes, options in [
-        ({"M": 70, "K": 200, "R": 24}, {"parameters": FP32, "dropout": 0.1}),
-        ({"M": 40, "K": 136, "R": 100}, {"parameters": BF16}),
-        ({"M": 33, "K": 264, "R": 64}, {"dtype": FP16, "parameters": FP32, "dropout": 0.1}),
-        ({"M": 40, "K": 96, "R": 8}, {"dtype": FP32, "parameters": FP32}),
-        ({"M": 64, "K": 128, "R": 16}, {"dtype": FP16, "parameters": FP16, "dropout": 0.5}),
-        ({"M": 97, "K": 77, "R": 3}, {"parameters": FP32}),
-    ]
-]
-INTERPRETED += [
-    ("prefix attention", _variants.prefix, dict(zip(("Z", "H", "H_KV", "S", "P", "DH"), sizes, strict=True)) | options)
-    for sizes, options in [
-        ((1, 4, 2, 70, 20, 64), {"parameters": FP32, "causal": True, "dropout": 0.1}),
-        ((2, 2, 2, 66, 70, 48), {"dtype": FP16, "parameters": FP16}),
-        ((1, 2, 1, 100, 33, 64), {"dtype": FP32, "parameters": FP32, "causal": True}),
-        ((2, 4, 1, 17, 5, 32), {"dropout": 0.1}),
-        ((1, 1, 1, 130, 1, 16), {"causal": True, "dropout": 0.5}),
-        ((3, 2, 2, 64, 32, 32), {}),
-    ]
-]
-
-# (what, its variants, their arguments); peft's default is fp32 factors over a bf16 model.
-LAYERS: list[tuple[str, Callable, dict[str, Any]]] = [
-    ("LoRA layer", _variants.lora, {"M": M, "K": K, "N": N, "R": R, "factors": factors, "dropout": dropout})
-    for M, K, N, R in [(8192, 4096, 4096, 16), (8192, 4096, 14336, 16), (8192, 1024, 1024, 16), (8192, 4096, 4096, 64)]
-    for factors in (BF16, FP32)
-    for dropout in (0.0, 0.1)
-]
-LAYERS += [
-    ("bottleneck adapter", _variants.adapter, {"M": M, "K": K, "R": R, "dropout": dropout})
-    for M, K, R in [(8192, 1024, 16), (8192, 1024, 64), (8192, 4096, 16), (8192, 4096, 64), (32768, 1024, 64)]
-    for dropout in (0.0, 0.1)
-]
-_SHAPES = [(16, 16, 16, 512, 32, 64), (4, 32, 8, 2048, 32, 128)]  # the heads of BERT-large and of Llama-3-8B
-LAYERS += [
-    ("prefix attention", _variants.prefix, dict(zip(("Z", "H", "H_KV", "S", "P", "DH"), sizes, strict=True)) | options)
-    for sizes in _SHAPES
-    for options in ({}, {"causal": True})
-]
-STOCK = ("stock", "usual", "peft's way")
-
-
-def totals(launches: Iterable[Launch]) -> dict[str, int]:
-    launches = list(launches)
-    sums = {name: sum(getattr(launch, name) for launch in launches) for name in ("moved", "asked", "flops")}
-    return {"launches": len(launches), **sums}
-
-
-def describe(arguments: dict[str, Any]) -> str:
-    short = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
-    return " ".join(f"{name}={short.get(value, value)}" for name, value in arguments.items())
-
-
-def expected_terms(kind: str, arguments: dict[str, Any], plan: str, records: list[Any]) -> dict[str, int]:
-    """The terms of the closed form of a whole plan; see `formulas`."""
-    options = dict(arguments)
-    e = options.pop("dtype", BF16).itemsize
-    f = options.pop(
-        "factors" if kind == "LoRA layer" else "parameters", FP32 if kind == "LoRA layer" else BF16
-    ).itemsize
-    options["dropout"] = bool(options.get("dropout"))
-    options.pop("causal", None)
-    if kind == "LoRA layer":
-        options["bias"] = options.get("bias", False)
-        return formulas.lora_terms(plan, **options, e=e, f=f, records=records)
-    terms = formulas.adapter_terms if kind == "bottleneck adapter" else formulas.prefix_terms
-    return terms(**options, e=e, f=f, records=records)
+from benchmarks._bars import bars
+from benchmarks._cases import BF16, CHIPS, INTERPRETED, LAYERS, STOCK, describe, expected_terms
+from benchmarks._counting import count, totals
+from benchmarks._tables import table, write
 
 
 def interpreted(kind: str, make: Callable, arguments: dict[str, Any]) -> list[dict[str, Any]]:
@@ -209,15 +120,6 @@ def design_rows(M: int, K: int, N: int, R: int, chip: str) -> list[dict[str, Any
     return rows
 
 
-def table(title: str, rows: Sequence[dict[str, Any]], columns: dict[str, Callable[[dict[str, Any]], str]]) -> None:
-    """Print rows under a title, columns aligned."""
-    cells = [list(columns), *([str(column(row)) for column in columns.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    print(f"\n{title}")
-    for line in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-
-
 def megabytes(row: dict[str, Any], name: str) -> str:
     return "-" if row.get(name) is None else f"{row[name] / 1e6:.1f}"
 
@@ -235,13 +137,6 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "MB saved": lambda row: megabytes(row, "saved"),
     "counted by": lambda row: row["counted_by"],
 }
-
-
-def write(path: Path, rows: Any) -> None:
-    packages = ("torch", "triton", "transformers", "peft")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"date": time.strftime("%Y-%m-%d"), **versions, "rows": rows}, indent=1) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -287,8 +182,21 @@ def main(arguments: list[str] | None = None) -> None:
     table("Layers, forward and backward", layers, COLUMNS)
     models = [row for chip in chips[-1:] for row in model_rows(chip, options.quick)]
     table("Whole models, forward and backward from the embeddings to the last hidden state, in bf16", models, COLUMNS)
+    held = bars(chips, options.quick)
+    table(
+        "Bars",
+        held,
+        {name: COLUMNS[name] for name in ("shape", "chip", "variant")}
+        | {
+            "bar": lambda row: row["bar"],
+            "figure": lambda row: f"{row['figure']:.3f}".rstrip("0").rstrip("."),
+            "at most": lambda row: row["limit"],
+            "": lambda row: "met" if row["met"] else "MISSED",
+        },
+    )
     if options.json:
-        write(options.json, {"interpreted": measured, "designed": designed, "layers": layers, "models": models})
+        rows = {"interpreted": measured, "designed": designed, "layers": layers, "models": models, "bars": held}
+        write(options.json, rows)
 
 
 if __name__ == "__main__":
