@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import warnings
 from collections.abc import Iterator
 from unittest import mock
 
@@ -15,11 +16,7 @@ import peft_fast
 from benchmarks._variants import Variant, stock_ops, tensor
 
 RANK, BOTTLENECK, PREFIX = 16, 64, 32
-# Sequences and their length beside what the model's authors published of its shape.
-MODELS = {
-    "BERT-large": (16, 512),
-    "Llama-3-8B": (4, 2048),
-}
+MODELS = {"BERT-large": (16, 512), "Llama-3-8B": (4, 2048)}  # sequences of a batch and their length
 LAYERS = {"BERT-large": 24, "Llama-3-8B": 32}
 METHODS = {
     "lora": LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.1, target_modules="all-linear"),
@@ -76,7 +73,8 @@ def model(name: str, method: str, layers: int, *, fp32_factors: bool = True) -> 
 
         return Variant(forward, [x, *own], dy, plan, list(net.parameters()), _no_mask if plan else _stock)
 
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a property under its old name
         tuned = get_peft_model(copy.deepcopy(base), copy.deepcopy(METHODS[method])).train()
     dtype = torch.float32 if method == "lora" and fp32_factors else torch.bfloat16
     for parameter in tuned.parameters():

@@ -12,6 +12,7 @@ from benchmarks import _bars, _models, _variants, roofline, traffic
 from benchmarks._cases import CHIPS, INTERPRETED, describe
 from benchmarks._counting import Launch, _Watch, count, saved_bytes, totals
 from benchmarks._inductor import compiled_launches
+from peft_fast.kernels import bottleneck_grads, bottleneck_rows, low_rank, prefix_attention, skinny
 
 if torch.cuda.is_available():
     pytest.skip("kernels are counted in the interpreter, which a GPU replaces", allow_module_level=True)
@@ -29,6 +30,17 @@ def poisoned_empty():
 )
 def test_closed_forms_equal_the_interpreters_counts(kind, make, arguments):
     for row in traffic.interpreted(kind, make, arguments):
+        assert row["launches_equal"], row
+        assert row["sum_of_terms"] == row["moved"], row
+
+
+# The interpreter has tiles of its own; here it runs those of chips, where a factor of rank 64 takes several blocks.
+@pytest.mark.parametrize("kind", ["sm80", "sm90"])
+@pytest.mark.parametrize("case", [INTERPRETED[5], INTERPRETED[8], INTERPRETED[12]], ids=lambda case: case[0])
+def test_closed_forms_hold_for_the_tiles_of_chips(case, kind, monkeypatch):
+    for module in (skinny, low_rank, bottleneck_rows, bottleneck_grads, prefix_attention):
+        monkeypatch.setattr(module, "chip", lambda device: kind)
+    for row in traffic.interpreted(*case):
         assert row["launches_equal"], row
         assert row["sum_of_terms"] == row["moved"], row
 
