@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"Ceilings that modelled times take, beside {1e6 * LAUNCH_SECONDS:.0f} µs a launch",
         [{"name": name, "device": DEVICES[name]} for name in names],
         {
-            "device": lambda row: f"modelled with {row['name']}",
+            "modelled device": lambda row: f"modelled with {row['name']}",
             "TFLOP/s in 16 bits": lambda row: f"{row['device'].peak / 1e12:.0f}",
             "in fp32": lambda row: f"{row['device'].peak_fp32 / 1e12:.1f}",
             "TB/s": lambda row: f"{row['device'].bandwidth / 1e12:.2f}",
