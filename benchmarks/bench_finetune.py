@@ -20,14 +20,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 import peft_fast
-from benchmarks import _models
+from benchmarks import _real_models
 from benchmarks._timing import NEVER_SLOWER, Turns, main
 from peft_fast.testing import saved_bytes
 
 MODELS = {
-    "encoder": lambda: _models.encoder(dropout=True),
-    "encoder without dropout": lambda: _models.encoder(dropout=False),
-    "causal LM": _models.causal_lm,
+    "encoder": lambda: _real_models.encoder(dropout=True),
+    "encoder without dropout": lambda: _real_models.encoder(dropout=False),
+    "causal LM": _real_models.causal_lm,
 }
 SHAPES = {"encoder": (32, 48), "encoder without dropout": (32, 48), "causal LM": (2, 128)}  # texts, tokens
 TASKS = {"encoder": "SEQ_CLS", "encoder without dropout": "SEQ_CLS", "causal LM": "CAUSAL_LM"}

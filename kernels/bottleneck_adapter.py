@@ -226,7 +226,7 @@ def adapter_bwd(
         outer = (dense_dy, residual, up_weight, up_bias, norm_after, act, stats_after, sums, scaling, threshold, seed)
         grads.update(up_grad(*outer, needs, constants))
     if dbd is not None:
-        dbd = _sum_partials(dbd, wide)
+        dbd = _sum_partials(dbd, down_weight.dtype if norm_before is None else wide)
         grads["down_bias"] = dbd.to(down_weight.dtype)
     if norm_before is not None and needs & {"down_weight", "norm_before"}:
         grads.update(down_grad(x, dz, dbd, down_weight, norm_before, stats_before, needs))

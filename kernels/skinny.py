@@ -9,6 +9,8 @@ They are memory-bound. All accumulate in fp32 (fp64 for fp64); what several prog
 sums, which a second pass adds in order.
 """
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -194,16 +196,43 @@ def _factor_grad_kernel(
 
 
 @triton.jit
-def _sum_partials_kernel(partials_ptr, out_ptr, count, size, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """out = Σ partials over their first dimension, in order; partials (count, size)."""
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if WIDE:
-        index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < size
-    acc = tl.zeros((BLOCK,), partials_ptr.dtype.element_ty)
-    for i in range(count):
-        acc += tl.load(partials_ptr + tl.cast(i, tl.int64) * size + index, mask=mask, other=0.0)
-    tl.store(out_ptr + index, cast(acc, out_ptr.dtype.element_ty), mask=mask)
+def _sum_in_order(partials_ptr, out_ptr, block, count, size, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    if partials_ptr is not None:
+        index = block.to(tl.int64 if WIDE else tl.int32) * BLOCK + tl.arange(0, BLOCK)
+        mask = index < size
+        acc = tl.zeros((BLOCK,), partials_ptr.dtype.element_ty)
+        for i in range(count):
+            acc += tl.load(partials_ptr + tl.cast(i, tl.int64) * size + index, mask=mask, other=0.0)
+        tl.store(out_ptr + index, cast(acc, out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sum_partials_kernel(
+    first_ptr,
+    first_out_ptr,
+    first_count,
+    first_size,
+    second_ptr,
+    second_out_ptr,
+    second_count,
+    second_size,
+    third_ptr,
+    third_out_ptr,
+    third_count,
+    third_size,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """out = Σ partials over their first dimension, in order, for up to three of them; partials (count, size)."""
+    first = tl.program_id(0)
+    second = first - tl.cdiv(first_size, BLOCK)
+    third = second - tl.cdiv(second_size, BLOCK)
+    if second < 0:
+        _sum_in_order(first_ptr, first_out_ptr, first, first_count, first_size, BLOCK, WIDE)
+    elif third < 0:
+        _sum_in_order(second_ptr, second_out_ptr, second, second_count, second_size, BLOCK, WIDE)
+    else:
+        _sum_in_order(third_ptr, third_out_ptr, third, third_count, third_size, BLOCK, WIDE)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -222,20 +251,32 @@ def _chunks(length: int, block: int, programs: int) -> tuple[int, int]:
 
 def _sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum over the first dimension of `partials`."""
-    out = torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
+    (out,) = _sums((partials, dtype))
+    return out
+
+
+def _sums(*parts: tuple[Tensor | None, torch.dtype]) -> list[Tensor | None]:
+    """The sum over the first dimension of each of up to three partials, in its dtype, by one launch; None of None."""
+    outs = [
+        None if partials is None else torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
+        for partials, dtype in parts
+    ]
+    arguments = [
+        (partials, out, partials.shape[0], out.numel())
+        for (partials, _), out in zip(parts, outs, strict=True)
+        if partials is not None and out.numel()
+    ]
+    arguments += [(None, None, 0, 0)] * (3 - len(arguments))
     launch(
         _sum_partials_kernel,
-        (triton.cdiv(out.numel(), 1024),),
-        partials,
-        out,
-        partials.shape[0],
-        out.numel(),
+        (sum(triton.cdiv(size, 1024) for *_, size in arguments),),
+        *itertools.chain(*arguments),
         BLOCK=1024,
-        WIDE=needs_int64(out),
+        WIDE=needs_int64(*outs),
         num_warps=4,
         num_stages=1,
     )
-    return out
+    return outs
 
 
 def shrink(
@@ -301,8 +342,10 @@ def factor_grad(
     programs = blocks_k * triton.cdiv(R, block_r)
     splits, M_split = _chunks(M, tile.rows, programs)
 
+    partials_dtype = _accumulator(x.dtype)
+
     def partials(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=_accumulator(x.dtype), device=x.device)
+        return torch.empty(shape, dtype=partials_dtype, device=x.device)
 
     df = (partials(splits, R, K) if transposed else partials(splits, K, R)) if need_df else None
     dbias = partials(splits, K) if need_dbias else None
@@ -338,8 +381,6 @@ def factor_grad(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    return (
-        None if df is None else _sum_partials(df, factor.dtype if stats is None else df.dtype),
-        None if dbias is None else _sum_partials(dbias, x.dtype),
-        None if ds is None else _sum_partials(ds, ds.dtype),
-    )
+    df_dtype = factor.dtype if stats is None else partials_dtype
+    df, dbias, ds = _sums((df, df_dtype), (dbias, x.dtype), (ds, partials_dtype))
+    return df, dbias, ds
