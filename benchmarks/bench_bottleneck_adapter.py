@@ -43,21 +43,32 @@ class UsualAdapter(nn.Module):
         return self.norm_after(x + self.dropout(self.up(self.activation(self.down(self.norm_before(x))))))
 
 
-def steps(M: int, K: int, R: int, dropout_p: float, norm: str) -> dict[str, Callable[[], None]]:
-    """One training step of the adapter, forward and backward, for each variant; fp32 on the CPU, input gradient too."""
+def steps(
+    M: int,
+    K: int,
+    R: int,
+    dropout_p: float,
+    norm: str,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Callable[[], None]]:
+    """One training step of the adapter, forward and backward, for each variant; input gradient too."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     usual = UsualAdapter(K, R, dropout_p, norm).train()
     ours = BottleneckAdapter(
         K, R, dropout=dropout_p, norm_before=norm == "before", norm_after=norm == "after", init="houlsby"
     ).train()
+    usual, ours = usual.to(device, dtype), ours.to(device, dtype)
     layers = {
         "usual": usual,
         "ours": ours,
         "usual compiled": torch.compile(copy.deepcopy(usual), fullgraph=True),
         "ours compiled": torch.compile(copy.deepcopy(ours), fullgraph=True),
     }
-    x, dy = torch.randn(M, K, requires_grad=True), torch.randn(M, K)
+    x, dy = (torch.randn(M, K, device=device, dtype=dtype) for _ in range(2))
+    x.requires_grad_()
 
     def step(layer: nn.Module) -> Callable[[], None]:
         parameters = list(layer.parameters())

@@ -38,11 +38,22 @@ class _OneLinear(nn.Module):
         self.linear = nn.Linear(K, N)
 
 
-def steps(M: int, K: int, N: int, R: int, dropout_p: float) -> dict[str, Callable[[], None]]:
-    """One training step of the layer, forward and backward, for each variant; fp32 on the CPU, input gradient too."""
+def steps(
+    M: int,
+    K: int,
+    N: int,
+    R: int,
+    dropout_p: float,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    fp32_factors: bool = True,
+) -> dict[str, Callable[[], None]]:
+    """One training step of the layer, forward and backward, for each variant; input gradient too."""
     torch.manual_seed(0)
     config = LoraConfig(r=R, lora_alpha=2 * R, lora_dropout=dropout_p, target_modules=["linear"])
-    stock = get_peft_model(_OneLinear(K, N), config).train().base_model.model.linear
+    base = _OneLinear(K, N).to(device, dtype)
+    stock = get_peft_model(base, config, autocast_adapter_dtype=fp32_factors).train().base_model.model.linear
     patched = copy.deepcopy(stock)
     peft_fast.patch(patched)
     torch._dynamo.reset()
@@ -53,7 +64,8 @@ def steps(M: int, K: int, N: int, R: int, dropout_p: float) -> dict[str, Callabl
         "stock compiled": torch.compile(copy.deepcopy(stock), fullgraph=True),
         "patched compiled": torch.compile(copy.deepcopy(patched), fullgraph=True),
     }
-    x, dy = torch.randn(M, K, requires_grad=True), torch.randn(M, N)
+    x, dy = torch.randn(M, K, device=device, dtype=dtype), torch.randn(M, N, device=device, dtype=dtype)
+    x.requires_grad_()
 
     def step(layer: nn.Module) -> Callable[[], None]:
         parameters = [p for p in layer.parameters() if p.requires_grad]

@@ -26,7 +26,6 @@ from peft_fast.testing import saved_bytes
 SHAPES = [(8, 8, 2, 256, 64, 64), (16, 12, 12, 128, 32, 64), (4, 16, 16, 512, 128, 64)]
 ROWS = list(itertools.product(SHAPES, [False, True], [False, True]))  # causal, padded
 GROUPED_BAR = 0.8
-FLEX = torch.cuda.is_available()  # on the CPU, compiled flex attention has no backward
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -71,16 +70,22 @@ def flex_way(tensors: Tensors, mask: Tensor | None) -> Callable[[], Tensor]:
     return run
 
 
-def forwards(shape: tuple[int, ...], causal: bool, padded: bool) -> tuple[Tensors, Tensor, dict[str, Callable]]:
-    """Leaves, dy, and each variant's forward; fp32."""
+def forwards(
+    shape: tuple[int, ...], causal: bool, padded: bool, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Tensors, Tensor, dict[str, Callable]]:
+    """Leaves, dy, and each variant's forward."""
     Z, H, H_KV, S, P, DH = shape
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     draw = torch.Generator().manual_seed(0)
 
     def heads(n: int) -> Tensor:
-        return torch.randn(Z, S, n, DH, generator=draw).to(device).transpose(1, 2)
+        return torch.randn(Z, S, n, DH, generator=draw).to(device, dtype).transpose(1, 2)
 
-    leaves = [heads(H), heads(H_KV), heads(H_KV), *(torch.randn(H_KV, P, DH, generator=draw).to(device) for _ in "kv")]
+    leaves = [
+        heads(H),
+        heads(H_KV),
+        heads(H_KV),
+        *(torch.randn(H_KV, P, DH, generator=draw).to(device, dtype) for _ in "kv"),
+    ]
     query, key, value, prefix_key, prefix_value = tensors = tuple(leaf.requires_grad_() for leaf in leaves)
     own = own_mask(Z, S, causal, padded)
     own = own if own is None else own.to(device)
@@ -92,14 +97,16 @@ def forwards(shape: tuple[int, ...], causal: bool, padded: bool) -> tuple[Tensor
             query, key, value, prefix_key, prefix_value, attn_mask=None if flag else own, is_causal=flag
         ),
     }
-    if FLEX:
+    if device == "cuda":  # on the CPU, compiled flex attention has no backward
         variants["flex compiled"] = flex_way(tensors, dense)
     return tensors, heads(H), variants
 
 
-def steps(shape: tuple[int, ...], causal: bool, padded: bool) -> dict[str, Callable[[], None]]:
+def steps(
+    shape: tuple[int, ...], causal: bool, padded: bool, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> dict[str, Callable[[], None]]:
     """One forward and backward of each variant."""
-    tensors, dy, variants = forwards(shape, causal, padded)
+    tensors, dy, variants = forwards(shape, causal, padded, device, dtype)
 
     def step(forward: Callable) -> Callable[[], None]:
         def run() -> None:
@@ -127,7 +134,7 @@ def missed_bars(row: dict) -> list[str]:
 
 def measure(seconds: float) -> list[dict]:
     rows = []
-    names = ["peft", "ours", *(["flex compiled"] if FLEX else [])]
+    names = ["peft", "ours"]
     header = ["Z,H,H_KV,S,P,DH", "causal", "padded", *names, "ratio", "bytes ratio"]
     print(" | ".join(header) + "\n" + " | ".join("---" for _ in header))
     for shape, causal, padded in ROWS:
@@ -137,8 +144,7 @@ def measure(seconds: float) -> list[dict]:
         cells = [",".join(map(str, shape)), causal, padded, *(f"{ms[name]:.1f}" for name in names)]
         cells += [f"{ms['ours'] / ms['peft']:.2f}", f"{saved['ours'] / saved['peft']:.2f}"]
         print(" | ".join(map(str, cells)), flush=True)
-    if not FLEX:
-        print("flex attention is left out: compiled for the CPU it has no backward")
+    print("flex attention is left out: compiled for the CPU it has no backward")
     return rows
 
 
