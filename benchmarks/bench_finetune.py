@@ -57,7 +57,7 @@ def _lora(targets: str, dropout_p: float) -> Callable[[str], PeftConfig]:
 METHODS = {
     "LoRA, query and value": Method(_lora("query, value", 0.0), compiled=("encoder",)),
     "LoRA, query and value, dropout 0.1": Method(_lora("query, value", 0.1), compiled=("encoder",)),
-    "LoRA, all linear": Method(_lora("all", 0.0), compiled=("encoder", "causal LM")),
+    "LoRA, all linear": Method(_lora("all", 0.0), compiled=("encoder",)),
     "LoRA, all linear, dropout 0.1": Method(_lora("all", 0.1), compiled=("encoder", "causal LM"), models=tuple(MODELS)),
     "Pfeiffer adapter, 48": Method(
         lambda model: peft_fast.BottleneckConfig(task_type=TASKS[model], style="pfeiffer", bottleneck_size=48),

@@ -1,12 +1,13 @@
 """The benchmarks run, at tiny sizes on the CPU: on the day of a GPU they must not fail for a silly reason."""
 
 import json
+import shutil
 import sys
 
 import pytest
 import torch
 
-from benchmarks import bench_gpu
+from benchmarks import bench_gpu, report
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,3 +48,45 @@ def test_the_gpu_benchmark_wants_a_gpu(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench_gpu"])
     with pytest.raises(SystemExit, match="no CUDA device"):
         bench_gpu.main()
+
+
+def test_the_readme_has_the_tables_of_the_results():
+    text = report.README.read_text()
+    assert text.count("<!-- table: ") == len(report._BLOCK.findall(text)) > 5
+    assert report.rendered(text) == text
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A copy of the results with one of a GPU."""
+    shutil.copytree(report.RESULTS, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    times = {"floor": 1.0, "stock": 4.0, "patched": 2.0}
+    variants = {name: {"milliseconds": ms, "peak_bytes": 2**20} for name, ms in times.items()}
+    rows = [{"what": "LoRA linear", "shape": [64, 32, 32, 8], "dropout": 0.1, "variants": variants}]
+    missing = [{"what": "BERT", "method": "prefix", "reason": "not measured: the time was up"}]
+    about = {"device": "A GPU", "date": "2026-01-02", "torch": "2.13", "triton": "3.7"}
+    (tmp_path / "a-gpu-2026-01-02.json").write_text(json.dumps(about | {"rows": rows, "missing": missing}))
+    older = [{**rows[0], "dropout": 0.5}]
+    (tmp_path / "a-gpu-2026-01-01.json").write_text(json.dumps(about | {"rows": older, "missing": []}))
+    return tmp_path
+
+
+def test_the_table_of_a_gpu(results):
+    text = report.table("gpu")
+    assert "A GPU, torch 2.13, triton 3.7, 2026-01-02" in text
+    assert "| LoRA linear, (64, 32, 32, 8), dropout 0.1 | patched | 2.000 | 0.50 | 1 |" in text
+    assert "not measured: the time was up" in text
+    assert "0.5 |" not in text
+
+
+def test_plots(results):
+    drawn = report.draw()
+    assert {"time-ratios.png", "traffic.png", "a-gpu.png"} <= {path.name for path in drawn}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+def test_a_table_without_results():
+    with pytest.raises(KeyError):
+        report.table("nothing")
+    assert report.newest("nothing") is None
