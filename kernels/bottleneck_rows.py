@@ -13,7 +13,7 @@ Norm = tuple[Tensor, Tensor]
 
 
 # As in `_launch` the largest tiles that ptxas compiles without stack or spills, which
-# tests/test_codegen_bottleneck_adapter.py holds them to; read off compiled code, not timed.
+# tests/test_codegen.py holds them to; read off compiled code, not timed.
 def adapter_tile(x: Tensor, weight: Tensor, R: int, norm_after: Norm | None) -> Tile:
     """A block of rows, and the columns of K or N and the block of R that a step takes."""
     kind = chip(x.device)

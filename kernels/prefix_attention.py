@@ -51,7 +51,7 @@ def _block(length: int, most: int, least: int) -> int:
 
 
 # As in `_launch` the largest tiles that ptxas compiles without stack or spills, which
-# tests/test_codegen_prefix_attention.py holds them to; read off compiled code, not timed. (rows, keys, warps) by the
+# tests/test_codegen.py holds them to; read off compiled code, not timed. (rows, keys, warps) by the
 # padded head size; "wide" are chips with room for the operands of wgmma or tcgen05.
 _TILES = {
     "fwd": {
