@@ -153,7 +153,8 @@ def calls() -> list[Call]:
             add("lora_linear", dtypes, f"R 16, {plan}, rows of 4104", R=16, N=4104, K=4104, plan=plan, bias=False)
         for R, norms in ((8, "plain"), (48, "plain"), (256, "plain"), (64, "norms"), (256, "norms")):
             add("bottleneck_adapter", dtypes, f"R {R}, {norms}", R=R, norms=_NORMS[norms])
-        for DH in [DH for DH in (64, 128, 256) if DH <= MAX_KERNEL_HEAD_SIZE[DTYPES[dtypes][0].itemsize]]:
+        widest = MAX_KERNEL_HEAD_SIZE[DTYPES[dtypes][0].itemsize]
+        for DH in [DH for DH in (64, 128, 256) if widest >= DH]:
             # Where the prefix alone has another type, little differs: it is rounded as it is loaded.
             for name in ("padding", "cap", "gate") if dtypes in ("bf16", "fp32") else ("gate",):
                 add("prefix_attention", dtypes, f"DH {DH}, {name}", DH=DH, **_ATTENTION[name])

@@ -83,21 +83,37 @@ def source(launch: Any, target: GPUTarget) -> tuple[ASTSource, dict]:
 def read(launch: Any, chip: Chip) -> dict:
     """Readings of a launch compiled for `chip`; sizes in bytes, `registers` a thread, loads of whole tiles only."""
     src, options = source(launch, chip.target)
-    compiled = triton.compile(src, target=chip.target, options=options)
-    machine = _amd(compiled) if chip.target.backend == "hip" else _nvidia(compiled)
     reading = {
-        "kernel": compiled.metadata.name.strip("_").removesuffix("_kernel"),
+        "kernel": launch.kernel.__name__.strip("_").removesuffix("_kernel"),
         "tile": {name: value for name, value in launch.constexprs.items() if name.startswith("BLOCK_")},
         "warps": launch.num_warps,
         "stages": launch.num_stages,
+        "error": "",
+    }
+    try:
+        compiled = triton.compile(src, target=chip.target, options=options)
+    except Exception as error:  # of whatever pass gives up
+        return reading | _NOTHING | {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+    reading |= {
         "shared": compiled.metadata.shared,
         "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
         "multiplies": "tt.dot" in compiled.asm["ttir"],
-    } | machine
-    lanes = launch.num_warps * chip.target.warp_size
-    reading |= _loads(compiled, lanes)
-    reading["blocks"] = chip.resident(reading)
-    return reading
+    }
+    reading |= _amd(compiled) if chip.target.backend == "hip" else _nvidia(compiled)
+    reading |= _loads(compiled, launch.num_warps * chip.target.warp_size)
+    return reading | {"blocks": chip.resident(reading)}
+
+
+# The readings of what does not compile.
+_NOTHING: dict[str, Any] = {
+    **dict.fromkeys(
+        ("shared", "tensor_memory", "registers", "stack", "spills", "instructions", "mma", "mma_in_loop"), 0
+    ),
+    **dict.fromkeys(("load_smallest", "load_usual", "loads_narrow", "blocks"), 0),
+    "multiplies": False,
+    "tensor_core": "",
+    "narrow_at": [],
+}
 
 
 def _nvidia(compiled: Any) -> dict:
@@ -133,7 +149,7 @@ def _amd(compiled: Any) -> dict:
     return {
         "registers": count("vgpr_count"),
         "stack": count("private_segment_fixed_size"),
-        "spills": 4 * (count("vgpr_spill_count") + count("sgpr_spill_count")),
+        "spills": 4 * count("vgpr_spill_count"),  # scalar registers spill into lanes of vector registers
         "instructions": len(re.findall(r"^\t[a-z]\w+_", code, re.MULTILINE)),
     } | _tensor_cores(code, {"v_mfma": "mfma"}, r"^(\.LBB\d+_\d+):", r"\bs_c?branch\w*\s+(\.LBB\d+_\d+)")
 

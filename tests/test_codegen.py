@@ -67,6 +67,7 @@ def test_newest_tensor_cores_are_used(rows, chip, kind):
 CLEAN = {
     "chip": "sm_90",
     "dtypes": "bf16",
+    "error": "",
     "stack": 0,
     "spills": 0,
     "shared": 227 << 10,
@@ -82,6 +83,7 @@ CLEAN = {
 @pytest.mark.parametrize(
     "change",
     [
+        {"error": "RuntimeError"},
         {"stack": 8},
         {"spills": 8},
         {"shared": (227 << 10) + 1},
