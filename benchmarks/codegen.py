@@ -173,9 +173,9 @@ def main() -> None:
         write(arguments.json, shown)
     faulty = [row for row in rows if row["faults"]]
     print(f"{len(rows)} kernels, {len(faulty)} with a fault")
-    if arguments.check:
+    if arguments.check and faulty:
         print_rows(faulty)
-        sys.exit(bool(faulty))
+        sys.exit(1)
 
 
 if __name__ == "__main__":

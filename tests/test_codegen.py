@@ -124,3 +124,40 @@ def test_innermost_loop_is_found():
     code = "HMMA.1\n.L_x_0:\n.L_x_1:\nHMMA.2\nHMMA.3\n@P0 BRA `(.L_x_1) ;\nHMMA.4\n@P1 BRA `(.L_x_0) ;\nBRA `(.L_x_9) ;"
     found = _tensor_cores(code, {"HMMA": "mma.sync"}, r"^(\.L_x_\d+):", r"\bBRA\b.*?(\.L_x_\d+)")
     assert found == {"tensor_core": "mma.sync", "mma": 4, "mma_in_loop": 2}
+
+
+_ONE_SEQUENCE = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from benchmarks._readings import source
+from peft_fast.kernels._launch import recording
+from peft_fast.kernels.prefix_attention import attention_bwd, attention_fwd
+
+target = GPUTarget("cuda", 90, 32)
+shapes = ((1, 4, 64, 64), (4, 16, 64), (4,))
+query, prefix, gate = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
+options = {"is_causal": True, "sliding_window": None, "softcap": None, "scale": 0.125}
+inputs = (query, query, query, prefix, prefix, None, gate, 0, None)
+with recording(target) as launches:
+    y, lse = attention_fwd(*inputs, **options)
+    attention_bwd(query, *inputs, y, lse, needs={"query", "prefix_key", "gate"}, **options)
+for launch in launches:
+    code, settings = source(launch, target)
+    triton.compile(code, target=target, options=settings)
+print(len(launches))
+"""
+
+
+def test_a_batch_of_one_compiles():
+    """An argument that is 1 reaches a kernel as a plain number, which has no methods: the interpreter hides it."""
+    root = Path(__file__).parent.parent
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", _ONE_SEQUENCE],
+        env=environment | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) >= 4
