@@ -15,12 +15,11 @@ from ._launch import Tile, chip, launch, needs_int64, precision, rank_block, uni
 from ._tl import accumulator, cast, dot, dot_rounded, keep_mask, keep_scale, load_tile, swizzle, tile_ptrs
 
 
-def _matmul_tile(x: Tensor, R: int) -> Tile:
+def _matmul_tile(x: Tensor) -> Tile:
     kind = chip(x.device)
     if kind != "interpreter" and x.element_size() > 2:
         return Tile(128, 128, 32, 32, 8, 3) if precision(x.dtype) == "tf32" else Tile(64, 64, 16, 16, 8, 3)
-    # Beside 256 columns several blocks of the rank spill up to 3 KB on sm_90, and fp32 factors overflow shared memory.
-    if kind in ("sm80", "sm86") or (R > 64 and kind != "gfx9"):
+    if kind in ("sm80", "sm86"):
         return Tile(128, 128, 64, 64, 8, 3)
     if kind == "gfx9":
         return Tile(256, 128, 64, 64, 8, 2)
@@ -53,18 +52,16 @@ def _low_rank_tile(
     BLOCK_R: tl.constexpr,
     BLOCKS_R: tl.constexpr,
     F_UNIT: tl.constexpr,
-    R_UNIT: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """[mask / (1 - p)] ∘ (s F) at (row, col), both operands rounded to OPERAND."""
-    R = R // R_UNIT * R_UNIT
     offs_m = row + tl.arange(0, BLOCK_M)
     offs_n = col + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), DTYPE)
     for block_r in range(BLOCKS_R):
         offs_r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
-        s = load_tile(s_ptr, offs_m, offs_r, M, R, R, 1, R_UNIT, WIDE)
+        s = load_tile(s_ptr, offs_m, offs_r, M, R, R, 1, 1, WIDE)
         f = load_tile(f_ptr, offs_r, offs_n, R, N, stride_fr, stride_fn, F_UNIT, WIDE)
         acc = dot_rounded(s, f, acc, OPERAND, PRECISION)
     if seed_ptr is not None:
@@ -101,7 +98,6 @@ def _matmul_kernel(
     GROUP_M: tl.constexpr,
     X_UNIT: tl.constexpr,
     F_UNIT: tl.constexpr,
-    R_UNIT: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -139,7 +135,6 @@ def _matmul_kernel(
         BLOCK_R,
         BLOCKS_R,
         F_UNIT,
-        R_UNIT,
         WIDE,
         PRECISION,
     )
@@ -180,7 +175,6 @@ def _update_kernel(
     BLOCKS_R: tl.constexpr,
     X_UNIT: tl.constexpr,
     F_UNIT: tl.constexpr,
-    R_UNIT: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -213,7 +207,6 @@ def _update_kernel(
         BLOCK_R,
         BLOCKS_R,
         F_UNIT,
-        R_UNIT,
         WIDE,
         PRECISION,
     )
@@ -234,7 +227,7 @@ def matmul(
     """x G + bias + [mask / (1 - p)] ∘ (s F); x (M, K), G (K, N), s (M, R), F (R, N)."""
     (M, K), (R, N) = x.shape, factor.shape
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    tile = _matmul_tile(x, R)
+    tile = _matmul_tile(x)
     block_r = rank_block(R, tile)
     launch(
         _matmul_kernel,
@@ -262,7 +255,6 @@ def matmul(
         GROUP_M=8,
         X_UNIT=unit(x, g, out, K, N),
         F_UNIT=unit(factor),
-        R_UNIT=unit(R),
         WIDE=needs_int64(x, g, s, factor, out),
         PRECISION=precision(x.dtype),
         num_warps=tile.num_warps,
@@ -294,7 +286,6 @@ def update(out: Tensor, s: Tensor, factor: Tensor, threshold: int = 0, seed: Ten
         BLOCKS_R=triton.cdiv(R, block_r),
         X_UNIT=unit(out, N),
         F_UNIT=unit(factor),
-        R_UNIT=unit(R),
         WIDE=needs_int64(out, s, factor),
         PRECISION=precision(out.dtype),
         num_warps=tile.num_warps,
