@@ -3,11 +3,16 @@ import os
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 if not torch.cuda.is_available():
     # Triton reads it when the kernels are defined: before any test imports them.
     os.environ["TRITON_INTERPRET"] = "1"
 
+
+# torch keeps the set of functions that `with torch.device(...)` acts on from its first use. It must not be made while
+# `poisoned_empty` stands in for some of them: they would act on the CPU in all later tests.
+_device_constructors()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
