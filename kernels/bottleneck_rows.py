@@ -13,7 +13,7 @@ Norm = tuple[Tensor, Tensor]
 
 
 # As in `_launch` the largest tiles that ptxas compiles without stack or spills, which
-# tests/test_codegen_bottleneck_adapter.py holds them to; read off compiled code, not timed.
+# tests/test_codegen.py holds them to; read off compiled code, not timed.
 def adapter_tile(x: Tensor, weight: Tensor, R: int, norm_after: Norm | None) -> Tile:
     """A block of rows, and the columns of K or N and the block of R that a step takes."""
     kind = chip(x.device)
@@ -23,10 +23,12 @@ def adapter_tile(x: Tensor, weight: Tensor, R: int, norm_after: Norm | None) -> 
         return Tile(32, 32, 0, 16, 8, 1)
     mixed, with_wgmma = weight.dtype != x.dtype, kind == "sm90"
     if norm_after is None:
-        return Tile(64, 64, 0, 128 if not mixed else 64 if with_wgmma else 32, 8, 2)
+        # Triton 3.7 fails to compile backward's sums over rows beside tcgen05, which takes 64 rows: 32 take mma.sync.
+        rows = 32 if kind == "sm100" else 64
+        return Tile(rows, 64, 0, 128 if not mixed else 64 if with_wgmma else 32, 8, 2)
     # h is alive beside its gradient.
     if mixed:
-        return Tile(64, 32, 0, 64 if with_wgmma and R <= 64 else 32, 8, 2)
+        return Tile(32 if kind == "sm100" else 64, 32, 0, 64 if with_wgmma and R <= 64 else 32, 8, 2)
     return Tile(64, 32, 0, 128 if R <= 128 else 64, 8, 2) if with_wgmma else Tile(32, 32, 0, 128, 8, 2)
 
 

@@ -15,11 +15,12 @@ from ._launch import Tile, chip, launch, needs_int64, precision, rank_block, uni
 from ._tl import accumulator, cast, dot, dot_rounded, keep_mask, keep_scale, load_tile, swizzle, tile_ptrs
 
 
-def _matmul_tile(x: Tensor) -> Tile:
+def _matmul_tile(x: Tensor, R: int) -> Tile:
     kind = chip(x.device)
     if kind != "interpreter" and x.element_size() > 2:
         return Tile(128, 128, 32, 32, 8, 3) if precision(x.dtype) == "tf32" else Tile(64, 64, 16, 16, 8, 3)
-    if kind in ("sm80", "sm86"):
+    # Beside 256 columns several blocks of the rank spill up to 3 KB on sm_90, and fp32 factors overflow shared memory.
+    if kind in ("sm80", "sm86") or (R > 64 and kind != "gfx9"):
         return Tile(128, 128, 64, 64, 8, 3)
     if kind == "gfx9":
         return Tile(256, 128, 64, 64, 8, 2)
@@ -52,16 +53,18 @@ def _low_rank_tile(
     BLOCK_R: tl.constexpr,
     BLOCKS_R: tl.constexpr,
     F_UNIT: tl.constexpr,
+    R_UNIT: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """[mask / (1 - p)] ∘ (s F) at (row, col), both operands rounded to OPERAND."""
+    R = R // R_UNIT * R_UNIT
     offs_m = row + tl.arange(0, BLOCK_M)
     offs_n = col + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), DTYPE)
     for block_r in range(BLOCKS_R):
         offs_r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
-        s = load_tile(s_ptr, offs_m, offs_r, M, R, R, 1, 1, WIDE)
+        s = load_tile(s_ptr, offs_m, offs_r, M, R, R, 1, R_UNIT, WIDE)
         f = load_tile(f_ptr, offs_r, offs_n, R, N, stride_fr, stride_fn, F_UNIT, WIDE)
         acc = dot_rounded(s, f, acc, OPERAND, PRECISION)
     if seed_ptr is not None:
@@ -98,6 +101,7 @@ def _matmul_kernel(
     GROUP_M: tl.constexpr,
     X_UNIT: tl.constexpr,
     F_UNIT: tl.constexpr,
+    R_UNIT: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -135,6 +139,7 @@ def _matmul_kernel(
         BLOCK_R,
         BLOCKS_R,
         F_UNIT,
+        R_UNIT,
         WIDE,
         PRECISION,
     )
@@ -175,6 +180,7 @@ def _update_kernel(
     BLOCKS_R: tl.constexpr,
     X_UNIT: tl.constexpr,
     F_UNIT: tl.constexpr,
+    R_UNIT: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -207,6 +213,7 @@ def _update_kernel(
         BLOCK_R,
         BLOCKS_R,
         F_UNIT,
+        R_UNIT,
         WIDE,
         PRECISION,
     )
@@ -227,7 +234,7 @@ def matmul(
     """x G + bias + [mask / (1 - p)] ∘ (s F); x (M, K), G (K, N), s (M, R), F (R, N)."""
     (M, K), (R, N) = x.shape, factor.shape
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    tile = _matmul_tile(x)
+    tile = _matmul_tile(x, R)
     block_r = rank_block(R, tile)
     launch(
         _matmul_kernel,
@@ -255,6 +262,7 @@ def matmul(
         GROUP_M=8,
         X_UNIT=unit(x, g, out, K, N),
         F_UNIT=unit(factor),
+        R_UNIT=unit(R),
         WIDE=needs_int64(x, g, s, factor, out),
         PRECISION=precision(x.dtype),
         num_warps=tile.num_warps,
@@ -286,6 +294,7 @@ def update(out: Tensor, s: Tensor, factor: Tensor, threshold: int = 0, seed: Ten
         BLOCKS_R=triton.cdiv(R, block_r),
         X_UNIT=unit(out, N),
         F_UNIT=unit(factor),
+        R_UNIT=unit(R),
         WIDE=needs_int64(out, s, factor),
         PRECISION=precision(out.dtype),
         num_warps=tile.num_warps,

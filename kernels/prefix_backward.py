@@ -122,10 +122,10 @@ def attention_dq_kernel(
     mask = (mask_ptr, stride_mh, stride_ms, stride_mt)
     if mask_ptr is not None:
         mask = (mask_ptr + z * stride_mz, stride_mh, stride_ms, stride_mt)
-    k_ptr += z * stride_kz + kv_head * stride_kh
-    v_ptr += z * stride_vz + kv_head * stride_vh
-    pk_ptr += kv_head * stride_pkh
-    pv_ptr += kv_head * stride_pvh
+    k_ptr += z * stride_kz + offsets(kv_head, stride_kh, UNIT, True)
+    v_ptr += z * stride_vz + offsets(kv_head, stride_vh, UNIT, True)
+    pk_ptr += offsets(kv_head, stride_pkh, UNIT, True)
+    pv_ptr += offsets(kv_head, stride_pvh, UNIT, True)
     lse_ptr += z * (H_KV * GROUP * S)
     delta_ptr += z * (H_KV * GROUP * S)
     stats = h * S + i
@@ -278,8 +278,8 @@ def attention_dkv_kernel(
     else:
         first = part * steps
         last = min(first + steps, Z * blocks)
-    k_ptr += kv_head.to(tl.int64) * stride_kh
-    v_ptr += kv_head.to(tl.int64) * stride_vh
+    k_ptr += offsets(kv_head, stride_kh, UNIT, True)
+    v_ptr += offsets(kv_head, stride_vh, UNIT, True)
     k = features(k_ptr, offsets(n, stride_kn, UNIT, WIDE), inside, X_DTYPE, DH, BLOCK_D)
     if dk_ptr is not None:
         v = features(v_ptr, offsets(n, stride_vn, UNIT, WIDE), inside, X_DTYPE, DH, BLOCK_D)
@@ -323,7 +323,7 @@ def attention_dkv_kernel(
     keep = tl.full((), 1.0, DTYPE)
     if seed_ptr is not None:
         keep = keep_scale(threshold, DTYPE)
-    out = part.to(tl.int64) * stride_dz + kv_head.to(tl.int64) * stride_dh
+    out = part.to(tl.int64) * stride_dz + offsets(kv_head, stride_dh, UNIT, True)
     out_offs = offsets(n, stride_dn, UNIT, WIDE)
     if dk_ptr is not None:
         factor = keep * tl.full((), scale, DTYPE)

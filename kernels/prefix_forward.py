@@ -115,10 +115,10 @@ def attention_fwd_kernel(
     mask = (mask_ptr, stride_mh, stride_ms, stride_mt)
     if mask_ptr is not None:
         mask = (mask_ptr + z * stride_mz, stride_mh, stride_ms, stride_mt)
-    k_ptr += z * stride_kz + kv_head * stride_kh
-    v_ptr += z * stride_vz + kv_head * stride_vh
-    pk_ptr += kv_head * stride_pkh
-    pv_ptr += kv_head * stride_pvh
+    k_ptr += z * stride_kz + offsets(kv_head, stride_kh, UNIT, True)
+    v_ptr += z * stride_vz + offsets(kv_head, stride_vh, UNIT, True)
+    pk_ptr += offsets(kv_head, stride_pkh, UNIT, True)
+    pv_ptr += offsets(kv_head, stride_pvh, UNIT, True)
 
     q_offs = offsets(h, stride_qh, UNIT, WIDE) + offsets(i, stride_qs, UNIT, WIDE)
     q = features(q_ptr + z * stride_qz, q_offs, valid, X_DTYPE, DH, BLOCK_D)

@@ -76,11 +76,13 @@ def _shrink_kernel(
     BLOCK_R: tl.constexpr,
     X_UNIT: tl.constexpr,
     F_UNIT: tl.constexpr,
+    R_UNIT: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """s[split] = scaling · drop(x) F over the split's columns of x; s (splits, M, R)."""
     K = K // X_UNIT * X_UNIT
+    R = R // R_UNIT * R_UNIT
     blocks_r = tl.cdiv(R, BLOCK_R)
     # Programs that share rows of x run side by side.
     row = tl.program_id(0) // blocks_r * BLOCK_M
@@ -103,7 +105,7 @@ def _shrink_kernel(
 
     s_ptr += split.to(tl.int64) * M * R
     mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
-    tl.store(tile_ptrs(s_ptr, offs_m, offs_r, R, 1, 1, WIDE), acc, mask=mask)
+    tl.store(tile_ptrs(s_ptr, offs_m, offs_r, R, 1, R_UNIT, WIDE), acc, mask=mask)
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -135,6 +137,7 @@ def _factor_grad_kernel(
     BLOCK_R: tl.constexpr,
     X_UNIT: tl.constexpr,
     F_UNIT: tl.constexpr,
+    R_UNIT: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -145,6 +148,7 @@ def _factor_grad_kernel(
     ds[block] = scaling · x F over the block's columns; ds (blocks of K, M, R), only where R fits one block.
     """
     K = K // X_UNIT * X_UNIT
+    R = R // R_UNIT * R_UNIT
     blocks_r = tl.cdiv(R, BLOCK_R)
     block_k = tl.program_id(0) // blocks_r
     block_r = tl.program_id(0) % blocks_r
@@ -172,7 +176,7 @@ def _factor_grad_kernel(
             if ROUND_S:
                 x = cast(x, X_DTYPE)
         if df_ptr is not None:
-            s = load_tile(s_ptr, offs_m, offs_r, M, R, R, 1, 1, WIDE)
+            s = load_tile(s_ptr, offs_m, offs_r, M, R, R, 1, R_UNIT, WIDE)
             if ROUND_S:
                 df = dot_rounded(tl.trans(x), s, df, X_DTYPE, PRECISION)
             else:
@@ -183,14 +187,14 @@ def _factor_grad_kernel(
             ds = dot(x, f, tl.zeros((BLOCK_M, BLOCK_R), DTYPE), PRECISION)
             ds *= _coefficient(scaling, scaling_ptr, DTYPE)
             mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
-            tl.store(tile_ptrs(ds_ptr, offs_m, offs_r, R, 1, 1, WIDE), ds, mask=mask)
+            tl.store(tile_ptrs(ds_ptr, offs_m, offs_r, R, 1, R_UNIT, WIDE), ds, mask=mask)
 
     if df_ptr is not None:
         if seed_ptr is not None:
             df *= keep_scale(threshold, DTYPE)
         df_ptr += split.to(tl.int64) * K * R
         mask = mask_k[:, None] & (offs_r < R)[None, :]
-        tl.store(tile_ptrs(df_ptr, offs_k, offs_r, stride_dfk, stride_dfr, 1, WIDE), df, mask=mask)
+        tl.store(tile_ptrs(df_ptr, offs_k, offs_r, stride_dfk, stride_dfr, min(X_UNIT, R_UNIT), WIDE), df, mask=mask)
     if dbias_ptr is not None:
         tl.store(dbias_ptr + split.to(tl.int64) * K + offs_k, dbias, mask=mask_k & (block_r == 0))
 
@@ -309,6 +313,7 @@ def shrink(
         BLOCK_R=block_r,
         X_UNIT=unit(x, K),
         F_UNIT=unit(factor),
+        R_UNIT=unit(R),
         WIDE=needs_int64(x, factor, s[:M]),
         PRECISION=precision(x.dtype),
         num_warps=tile.num_warps,
@@ -376,6 +381,7 @@ def factor_grad(
         BLOCK_R=block_r,
         X_UNIT=unit(x, K),
         F_UNIT=unit(factor),
+        R_UNIT=unit(R),
         WIDE=needs_int64(x, factor, s),
         PRECISION=precision(x.dtype),
         num_warps=tile.num_warps,

@@ -30,8 +30,9 @@ MIN_CPU_ADAPTER_ELEMENTS = 1 << 17
 # Below this many logits, copies of the prefix and torch's fused attention cost less than the calls of a function of
 # ours; a quarter of it with dropout, which torch's fused attention does not serve.
 MIN_CPU_ATTENTION_LOGITS = 1 << 20
-# The widest head that fits the kernels' registers.
-MAX_KERNEL_HEAD_SIZE = 256
+# The widest heads that the kernels serve, by bytes of an element: wider ones do not fit registers, and fp32 heads of
+# 256 with a cap, or in TF32, not the shared memory of compute capability 8.6, 8.9 and 12.x either.
+MAX_KERNEL_HEAD_SIZE = {2: 256, 4: 128, 8: 128}
 
 _backend = "auto"
 

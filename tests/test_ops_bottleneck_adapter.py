@@ -494,3 +494,26 @@ def test_bad_input(case):
     changes, message = BAD[case]
     with pytest.raises(ValueError, match=f"bottleneck_adapter: .*{re.escape(message)}"):
         bottleneck_adapter(**(arguments | changes))
+
+
+def test_the_residuals_gradient_accumulates_beside_dy():
+    """Where it is dy itself, adding to it must not change the caller's dy."""
+    x, down, up = torch.randn(8, 16), torch.randn(4, 16), torch.randn(16, 4)
+    residual, dy = torch.zeros(8, 16, requires_grad=True), torch.ones(8, 16)
+    with peft_fast.backend("eager"):
+        for _ in range(3):
+            bottleneck_adapter(x, down, up, residual=residual).backward(dy)
+    assert torch.equal(dy, torch.ones(8, 16))
+    assert torch.equal(residual.grad, torch.full((8, 16), 3.0))
+
+
+def test_create_graph_through_a_residual_that_depends_on_x():
+    inputs = bottleneck_adapter_inputs(4, 6, 3, dtype=torch.float64)
+    x = inputs.x.detach().requires_grad_()
+    down, up = inputs.parameters["down_weight"], inputs.parameters["up_weight"]
+
+    def gradients(op):
+        y = op(x, down, up, residual=x * 2, activation="tanh")
+        return torch.autograd.grad(y.square().sum(), x, create_graph=True)[0]
+
+    assert torch.allclose(gradients(bottleneck_adapter), gradients(reference.bottleneck_adapter))

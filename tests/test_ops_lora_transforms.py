@@ -140,3 +140,17 @@ def test_second_derivative_with_frozen_lora_a_is_refused():
     y = lora_linear(inputs.x.requires_grad_(), inputs.weight, inputs.lora_a, inputs.lora_b.requires_grad_())
     with pytest.raises(RuntimeError, match="lora_a frozen"):
         torch.autograd.grad(y.sum(), (inputs.x, inputs.lora_b), create_graph=True)
+
+
+def test_create_graph_through_a_layer_that_is_used_twice():
+    inputs = lora_linear_inputs(4, 6, 6, 2, dtype=torch.float64)
+    leaves = [tensor.requires_grad_() for tensor in (inputs.x, inputs.lora_a, inputs.lora_b)]
+
+    def gradients(op):
+        def layer(x):
+            return op(x, inputs.weight, *leaves[1:], scaling=0.5)
+
+        return torch.autograd.grad(layer(layer(inputs.x)).square().sum(), leaves, create_graph=True)
+
+    for actual, expected in zip(gradients(lora_linear), gradients(reference.lora_linear), strict=True):
+        assert torch.allclose(actual, expected)

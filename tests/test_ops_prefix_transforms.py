@@ -127,3 +127,17 @@ def test_an_input_changed_in_place_is_an_error():
     query += 1
     with pytest.raises(RuntimeError, match="prefix_attention: a tensor saved for backward"):
         y.backward(inputs.dy)
+
+
+def test_create_graph_through_inputs_that_depend_on_each_other():
+    query, key = (torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    prefix = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+
+    def gradients(op):
+        y = op(query, key, 2 * key, prefix, prefix)
+        return torch.autograd.grad(y.square().sum(), (query, key, prefix), create_graph=True)
+
+    with peft_fast.backend("eager"):
+        actual = gradients(prefix_attention)
+    for value, expected in zip(actual, gradients(reference.prefix_attention), strict=True):
+        assert torch.allclose(value, expected)

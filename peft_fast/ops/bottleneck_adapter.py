@@ -270,7 +270,11 @@ def _backward(ctx, dy, tensors, options, saved):
         ctx.plan,
         traced=not support.runs_plainly(dy),
     )
-    return {name: grad.to(like[name].dtype).view(like[name].shape) for name, grad in grads.items()}
+    grads = {name: grad.to(like[name].dtype).view(like[name].shape) for name, grad in grads.items()}
+    skip = grads.get("residual")
+    if skip is not None and support.runs_plainly(dy) and skip.data_ptr() == dy.data_ptr():
+        grads["residual"] = dy  # not a view of it, into which autograd would accumulate
+    return grads
 
 
 def _differentiable_bwd(ctx, dy, tensors, options):
@@ -278,6 +282,8 @@ def _differentiable_bwd(ctx, dy, tensors, options):
     named = dict(zip(INPUTS, tensors, strict=True))
     if named["residual"] is None and not options.skip and "residual" in ctx.needs:
         named["residual"] = dy.new_zeros(dy.shape, requires_grad=True)  # its value is not read
+    # Nodes of their own: where one input is a function of another, the reference must not run on through its history.
+    named = {name: t.view_as(t) if isinstance(t, Tensor) else t for name, t in named.items()}
     y = _differentiable(list(named.values()), options, ctx.plan)
     inputs = [named[name] for name in INPUTS if name in ctx.needs]
     grads = torch.autograd.grad(y, inputs, dy, create_graph=True)

@@ -221,6 +221,8 @@ def _differentiable_bwd(ctx, dy, x, weight, lora_a, lora_b, seed, needs):
         x = dy.new_zeros(ctx.x_shape, requires_grad=True)  # dx does not depend on x
     if weight is None:
         weight = dy.new_zeros(lora_b.shape[0], lora_a.shape[1])  # nor do dA and dB on the weight
+    # Nodes of their own: where one input is a function of another, the reference must not run on through its history.
+    x, lora_a, lora_b = (tensor.view_as(tensor) for tensor in (x, lora_a, lora_b))
     inputs = [tensor for tensor, need in ((x, need_x), (lora_a, need_a), (lora_b, need_b)) if need]
     y = _differentiable(x, weight, lora_a, lora_b, None, ctx.scaling, ctx.threshold, seed, ctx.plan)
     grads = iter(torch.autograd.grad(y, inputs, dy, create_graph=True) if inputs else ())

@@ -88,8 +88,8 @@ def _choose_plan(tensors: Any, backend: str) -> str:
     reason = None
     if attn_mask is not None and attn_mask.requires_grad:
         reason = "attn_mask requires grad, which the Triton kernels do not give"
-    elif query.shape[-1] > support.MAX_KERNEL_HEAD_SIZE:
-        reason = f"the head size {query.shape[-1]} is above {support.MAX_KERNEL_HEAD_SIZE}"
+    elif query.shape[-1] > (most := support.MAX_KERNEL_HEAD_SIZE[query.element_size()]):
+        reason = f"the head size {query.shape[-1]} is above {most} in {query.dtype}"
     if plan != "eager" and reason:
         if backend == "triton":
             raise NotImplementedError(f'backend("triton") cannot serve this call of prefix_attention: {reason}')
@@ -203,6 +203,9 @@ def _differentiable_bwd(ctx, dy, tensors, options):
             tensor.detach().requires_grad_(name in ctx.needs) if tensor is not None else None
             for name, tensor in zip(INPUTS, tensors, strict=True)
         ]
+    else:
+        # Nodes of their own: where one input is a function of another, the reference must not run on through its past.
+        tensors = [tensor if tensor is None else tensor.view_as(tensor) for tensor in tensors]
     with torch.enable_grad():
         y = _differentiable(tensors, options, ctx.plan)
     inputs = {name: tensor for name, tensor in zip(INPUTS, tensors, strict=True) if name in ctx.needs}

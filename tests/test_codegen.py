@@ -1,0 +1,163 @@
+"""What real calls of the launchers compile to, for chips that need not be there.
+
+Triton's interpreter and its compiler exclude each other in a process: the rows come from `benchmarks.codegen` as a
+process of its own. --quick takes each kernel of usual calls for every chip, the other dtypes and what takes most
+registers for a chip with wgmma and one without.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks._readings import CHIPS, _tensor_cores
+from benchmarks.codegen import faults
+
+KERNELS = {
+    "lora_linear": {"shrink", "factor_grad", "sum_partials", "matmul", "update"},
+    "bottleneck_adapter": {"adapter_fwd", "adapter_bwd", "up_grad", "factor_grad", "sum_up_grads", "sum_partials"},
+    "prefix_attention": {"attention_fwd", "attention_dq", "attention_dkv", "sum_prefix_grads"},
+}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("codegen") / "rows.json"
+    root = Path(__file__).parent.parent
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.codegen", "--quick", "--json", str(path)]
+    run = subprocess.run(
+        command, cwd=root, env=environment | {"PYTHONPATH": str(root)}, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(path.read_text())["rows"]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_every_kernel_is_clean(rows, chip):
+    """No stack, no spills, within shared and tensor memory, tensor cores for 16 bits, 16-byte loads."""
+    rows = [row for row in rows if row["chip"] == chip]
+    assert {row["op"]: row["faults"] for row in rows if row["faults"]} == {}
+    for op, kernels in KERNELS.items():
+        assert {row["kernel"] for row in rows if row["op"] == op} >= kernels
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
+def test_every_dtype_is_compiled(rows, chip):
+    found = {(row["op"], row["dtypes"]) for row in rows if row["chip"] == chip}
+    assert found == {(op, d) for op in KERNELS for d in ("bf16", "bf16-fp32", "fp16", "fp16-fp32", "fp32")}
+
+
+@pytest.mark.parametrize(
+    ("chip", "kind"), [("sm_80", "mma.sync"), ("sm_90", "wgmma"), ("sm_100", "tcgen05"), ("gfx942", "mfma")]
+)
+def test_newest_tensor_cores_are_used(rows, chip, kind):
+    # Tiles of a few rows, as one query at a time leaves, are too small for wgmma.
+    names = ("matmul", "update", "shrink", "attention_fwd", "attention_dq")
+    rows = [row for row in rows if row["chip"] == chip and row["kernel"] in names and row["call"] != "DH 64, decoding"]
+    kinds = {row["tensor_core"] for row in rows if row["dtypes"] != "fp32"}
+    assert kinds == {kind}
+
+
+CLEAN = {
+    "chip": "sm_90",
+    "dtypes": "bf16",
+    "error": "",
+    "stack": 0,
+    "spills": 0,
+    "shared": 227 << 10,
+    "tensor_memory": 512,
+    "instructions": 500,
+    "mma": 8,
+    "multiplies": True,
+    "loads_narrow": 0,
+    "narrow_at": [],
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"error": "RuntimeError"},
+        {"stack": 8},
+        {"spills": 8},
+        {"shared": (227 << 10) + 1},
+        {"chip": "sm_86"},
+        {"tensor_memory": 520},
+        {"instructions": 16},
+        {"mma": 0},
+        {"dtypes": "fp32"},
+        {"loads_narrow": 1},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_each_fault_is_named(change):
+    assert faults(CLEAN) == []
+    assert len(faults(CLEAN | change)) == 1
+
+
+# By hand: registers, shared memory, warps and tensor memory limit in turn.
+@pytest.mark.parametrize(
+    ("chip", "registers", "warps", "shared", "tensor_memory", "blocks"),
+    [
+        ("sm_90", 128, 8, 0, 0, 2),
+        ("sm_90", 129, 8, 0, 0, 1),
+        ("sm_90", 32, 4, 100 << 10, 0, 2),
+        ("sm_86", 32, 8, 0, 0, 6),
+        ("sm_80", 16, 1, 0, 0, 32),
+        ("sm_100", 32, 4, 0, 256, 2),
+        ("gfx942", 128, 4, 0, 0, 4),
+        ("gfx942", 129, 4, 20 << 10, 0, 3),
+    ],
+)
+def test_resident_blocks(chip, registers, warps, shared, tensor_memory, blocks):
+    reading = {"registers": registers, "warps": warps, "shared": shared, "tensor_memory": tensor_memory}
+    assert CHIPS[chip].resident(reading) == blocks
+
+
+def test_innermost_loop_is_found():
+    code = "HMMA.1\n.L_x_0:\n.L_x_1:\nHMMA.2\nHMMA.3\n@P0 BRA `(.L_x_1) ;\nHMMA.4\n@P1 BRA `(.L_x_0) ;\nBRA `(.L_x_9) ;"
+    found = _tensor_cores(code, {"HMMA": "mma.sync"}, r"^(\.L_x_\d+):", r"\bBRA\b.*?(\.L_x_\d+)")
+    assert found == {"tensor_core": "mma.sync", "mma": 4, "mma_in_loop": 2}
+
+
+_ONE_SEQUENCE = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from benchmarks._readings import source
+from peft_fast.kernels._launch import recording
+from peft_fast.kernels.prefix_attention import attention_bwd, attention_fwd
+
+target = GPUTarget("cuda", 90, 32)
+shapes = ((1, 4, 64, 64), (4, 16, 64), (4,))
+query, prefix, gate = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
+options = {"is_causal": True, "sliding_window": None, "softcap": None, "scale": 0.125}
+inputs = (query, query, query, prefix, prefix, None, gate, 0, None)
+with recording(target) as launches:
+    y, lse = attention_fwd(*inputs, **options)
+    attention_bwd(query, *inputs, y, lse, needs={"query", "prefix_key", "gate"}, **options)
+for launch in launches:
+    code, settings = source(launch, target)
+    triton.compile(code, target=target, options=settings)
+print(len(launches))
+"""
+
+
+def test_a_batch_of_one_compiles():
+    """An argument that is 1 reaches a kernel as a plain number, which has no methods: the interpreter hides it."""
+    root = Path(__file__).parent.parent
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", _ONE_SEQUENCE],
+        env=environment | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) >= 4
