@@ -170,7 +170,7 @@ def adapter_bwd(
         "BLOCKS_R": blocks_r,
         "X_UNIT": unit(K, N, *(tensor.stride(0) for tensor in (dense_dy, x, residual) if tensor is not None)),
         "R_UNIT": unit(R),
-        "WIDE": needs_int64(dense_dy, x, residual, down_weight, up_weight, z) or M * max(K, N) >= 2**31,
+        "WIDE": needs_int64(dense_dy, x, residual, down_weight, up_weight, z) or M * max(K, N) > 2**31,
         "PRECISION": precision(x.dtype),
     }
 

@@ -410,6 +410,19 @@ def test_launches_use_64_bit_offsets(M, wide):
     assert all(launch.constexprs["WIDE"] == wide for launch in large)
 
 
+# The gradient of an expanded x is dense, however few elements x itself has.
+def test_launches_use_64_bit_offsets_for_dx_of_an_expanded_x():
+    case = make_case(1, 4096, 16, 16, dtypes="bf16", device="meta")
+    M = 2**19 + 1
+    case.tensors["x"] = torch.empty(1, 4096, dtype=torch.bfloat16, device="meta").expand(M, 4096)
+    case.dy = torch.empty(M, 16, dtype=torch.bfloat16, device="meta")
+    with recording(GPUTarget("cuda", 90, 32)) as launches:
+        run(case)
+    writes_dx = [launch for launch in launches if launch.kernel.fn.__name__ == "adapter_bwd_kernel"]
+    assert writes_dx
+    assert all(launch.constexprs["WIDE"] for launch in writes_dx)
+
+
 def test_64_bit_offsets_give_the_same_bits(device, monkeypatch):
     case = make_case(40, 136, 136, 72, dtypes="bf16", norms="both", residual="other", p=0.1, device=device)
     narrow = run(case)
