@@ -170,6 +170,20 @@ def test_one_of_several_adapters_is_saved_alone(tmp_path):
     assert torch.equal(logits(loaded, "llama"), expected)
 
 
+@each_style
+def test_saved_under_one_name_and_loaded_under_another(style, tmp_path):
+    config = BottleneckConfig(style=style, scaling="learned", norm_before=True, norm_after=True)
+    model = get_peft_model(build("llama"), config, adapter_name="first")
+    fill(model, "first")
+    expected = logits(model, "llama")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build("llama"), tmp_path / "first", adapter_name="second")
+    assert torch.equal(logits(loaded, "llama"), expected)
+    assert not loaded.load_adapter(tmp_path / "first", adapter_name="third").unexpected_keys
+    loaded.set_adapter("third")
+    assert torch.equal(logits(loaded, "llama"), expected)
+
+
 def test_active_adapters_are_applied_in_order():
     draw = torch.Generator().manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(6, 6)), BottleneckConfig(style="houlsby", target_modules=["0"]))

@@ -178,8 +178,7 @@ def test_a_reparametrised_prefix_made_plain(family, tmp_path):
     """The same logits, alone and saved; a perceptron of its own in each module."""
     model = prefixed(family, reparametrization=True, reparametrization_size=8, prefix_dropout=0.5)
     (layer, *_) = prefix_layers(model)
-    (first, _, second) = layer.prefix_mlp["default"]
-    assert (first.out_features, second.in_features) == (8, 8)
+    assert (layer.prefix_mlp_in["default"].out_features, layer.prefix_mlp_out["default"].in_features) == (8, 8)
     expected = logits(model, family)
     save(model, tmp_path / "whole")
     whole = PeftModel.from_pretrained(build(family), tmp_path / "whole", is_trainable=True)

@@ -231,6 +231,23 @@ def test_one_of_several_adapters_is_saved_alone(tmp_path):
     assert torch.equal(logits(loaded, "llama"), expected)
 
 
+@pytest.mark.parametrize("config", [{}, {"gate": True}, {"reparametrization": True}, {"layers": "input"}])
+def test_saved_under_one_name_and_loaded_under_another(config, tmp_path):
+    """Trap: tensors whose saved names do not fit the new adapter's were left as they were drawn, without a word."""
+    model = get_peft_model(build("llama"), PrefixConfig(num_virtual_tokens=P, **config), adapter_name="first")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+    expected = logits(model, "llama")
+    save(model, tmp_path)
+    loaded = PeftModel.from_pretrained(build("llama"), tmp_path / "first", adapter_name="second")
+    assert torch.equal(logits(loaded, "llama"), expected)
+    assert not loaded.load_adapter(tmp_path / "first", adapter_name="third").unexpected_keys
+    loaded.set_adapter("third")
+    assert torch.equal(logits(loaded, "llama"), expected)
+
+
 def test_gated_prefixes_stand_alone():
     model = prefixed("bert", gate=True)
     model.add_adapter("second", PrefixConfig(num_virtual_tokens=2))

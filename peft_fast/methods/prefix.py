@@ -33,7 +33,15 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
     It is a child of the attention module, which stays what it is.
     """
 
-    adapter_layer_names = ("prefix_key", "prefix_value", "prefix_gate", "prefix_embedding", "prefix_mlp")
+    # Each holds parameters or single layers: peft puts the adapter's name in front of the last part of a saved key.
+    adapter_layer_names = (
+        "prefix_key",
+        "prefix_value",
+        "prefix_gate",
+        "prefix_embedding",
+        "prefix_mlp_in",
+        "prefix_mlp_out",
+    )
     other_param_names = ("prefix_config",)
     # peft's own ask a base layer, which this one does not wrap.
     weight = bias = None  # type: ignore[assignment]
@@ -45,7 +53,8 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
         self.prefix_value = nn.ParameterDict()
         self.prefix_gate = nn.ParameterDict()
         self.prefix_embedding = nn.ParameterDict()
-        self.prefix_mlp = nn.ModuleDict()
+        self.prefix_mlp_in = nn.ModuleDict()
+        self.prefix_mlp_out = nn.ModuleDict()
         self.prefix_config: dict[str, PrefixConfig] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -60,9 +69,8 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
         if config.reparametrization:
             hidden = config.reparametrization_size
             self.prefix_embedding[adapter_name] = nn.Parameter(torch.randn(P, D))
-            self.prefix_mlp[adapter_name] = nn.Sequential(
-                nn.Linear(D, hidden), nn.Tanh(), nn.Linear(hidden, 2 * H_KV * DH)
-            )
+            self.prefix_mlp_in[adapter_name] = nn.Linear(D, hidden)
+            self.prefix_mlp_out[adapter_name] = nn.Linear(hidden, 2 * H_KV * DH)
         else:
             self.prefix_key[adapter_name] = nn.Parameter(PREFIX_STD * torch.randn(H_KV, P, DH))
             value = torch.zeros(H_KV, P, DH) if config.init == "zero_value" else torch.randn(H_KV, P, DH)
@@ -106,7 +114,8 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
         if adapter_name in self.prefix_key:
             key, value = self.prefix_key[adapter_name], self.prefix_value[adapter_name]
         else:
-            rows = self.prefix_mlp[adapter_name](self.prefix_embedding[adapter_name])
+            hidden = torch.tanh(self.prefix_mlp_in[adapter_name](self.prefix_embedding[adapter_name]))
+            rows = self.prefix_mlp_out[adapter_name](hidden)
             _, H_KV, DH = self.sizes
             key, value = rows.view(-1, 2, H_KV, DH).permute(1, 2, 0, 3)
         if self.training and config.prefix_dropout:
@@ -116,7 +125,7 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def make_plain(self, adapter_name: str) -> None:
         """Replace a reparametrised prefix by its keys and values."""
-        if adapter_name not in self.prefix_mlp:
+        if adapter_name not in self.prefix_embedding:
             return
         training, self.training = self.training, False
         trainable = self.prefix_embedding[adapter_name].requires_grad
@@ -124,7 +133,8 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
         self.training = training
         for parameters, values in zip((self.prefix_key, self.prefix_value), rows, strict=True):
             parameters[adapter_name] = nn.Parameter(values.contiguous(), requires_grad=trainable)
-        del self.prefix_embedding[adapter_name], self.prefix_mlp[adapter_name]
+        for adapters in (self.prefix_embedding, self.prefix_mlp_in, self.prefix_mlp_out):
+            del adapters[adapter_name]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(_CANNOT_MERGE)
