@@ -4,6 +4,7 @@ import functools
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.modules.module as _module
@@ -38,7 +39,7 @@ _backend = "auto"
 
 
 _choices: list[list[str]] = []  # of the `with` blocks that are open, the newest last
-_forwards: WeakIdKeyDictionary = WeakIdKeyDictionary()  # lora_a -> the choice of its last forward, once one was made
+_forwards: WeakIdKeyDictionary = WeakIdKeyDictionary()  # owner -> the choice of its last forward, once one was made
 
 
 @contextmanager
@@ -63,13 +64,16 @@ def backend(name: str) -> Iterator[None]:
         _backend = _choices[-1][0] if _choices else "auto"
 
 
-def current_backend(lora_a: Tensor) -> str:
-    """The backend for a call with this factor: that of its forward where one is repeated inside backward."""
+def current_backend(owner: Any) -> str:
+    """The backend for a call: that of its owner's last forward where one is repeated inside backward.
+
+    The owner is the module that calls or a parameter, something that is still the same when the call is repeated.
+    """
     if torch.compiler.is_compiling() or (not _choices and not _forwards):
         return _backend
     if torch._C._current_graph_task_id() != -1:
-        return _forwards.get(lora_a, _backend)
-    _forwards[lora_a] = _backend
+        return _forwards.get(owner, _backend)
+    _forwards[owner] = _backend
     return _backend
 
 

@@ -119,6 +119,25 @@ def test_function_transforms_and_traces():
         assert prefix_attention(**fake).shape == inputs.query.shape
 
 
+def test_transforms_of_small_calls():
+    """Which else run torch's own attention, whose fused kernel has no forward-mode and no second derivatives."""
+    inputs = prefix_attention_inputs(2, 4, 2, 8, 8, 3, 16, dtype=torch.float64)
+
+    def loss(prefix_key):
+        return (prefix_attention(**inputs.leaves() | {"prefix_key": prefix_key}) * inputs.dy).sum()
+
+    ones = torch.ones_like(inputs.prefix_key)
+    jvp = torch.func.jvp(loss, (inputs.prefix_key,), (ones,))[1]
+    torch.testing.assert_close(jvp, torch.func.grad(loss)(inputs.prefix_key).sum())
+    with torch.autograd.forward_ad.dual_level():
+        dual = loss(torch.autograd.forward_ad.make_dual(inputs.prefix_key, ones))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, jvp)
+    batch = torch.stack([inputs.prefix_key, 2 * inputs.prefix_key])
+    torch.testing.assert_close(torch.func.vmap(loss)(batch), torch.stack([loss(key) for key in batch]))
+    with peft_fast.backend("eager"):
+        assert torch.autograd.gradgradcheck(loss, inputs.prefix_key.requires_grad_())
+
+
 def test_an_input_changed_in_place_is_an_error():
     inputs = prefix_attention_inputs(2, 4, 2, 96, 96, 3, 16)
     query = inputs.query.clone()

@@ -27,11 +27,12 @@ from peft.utils import PeftType
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_fast import support
 from peft_fast.layers import ADAPTER_INITS, init_adapter
 from peft_fast.methods._checks import check_targets, is_number
 from peft_fast.methods.bottleneck_targets import default_targets
-from peft_fast.ops import bottleneck_adapter
 from peft_fast.ops._shared import fit
+from peft_fast.ops.bottleneck_adapter import apply_bottleneck_adapter
 from peft_fast.reference import ACTIVATIONS
 
 _STYLES = ("houlsby", "pfeiffer", "parallel")
@@ -274,25 +275,29 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         """residual + s·t(x), in the residual's dtype."""
         config, dtype = self.bottleneck_config[adapter_name], residual.dtype
         scaling: Any = self.bottleneck_scaling[adapter_name] if config.scaling == "learned" else config.scaling
-
-        def weight_and_bias(modules: nn.ModuleDict) -> tuple[Tensor, Tensor]:
-            return fit(modules[adapter_name].weight, dtype), fit(modules[adapter_name].bias, dtype)
-
-        down_weight, down_bias = weight_and_bias(self.bottleneck_down)
-        up_weight, up_bias = weight_and_bias(self.bottleneck_up)
-        return bottleneck_adapter(
+        parameters: list[Tensor | None] = []
+        for modules in (
+            self.bottleneck_down,
+            self.bottleneck_up,
+            self.bottleneck_norm_before,
+            self.bottleneck_norm_after,
+        ):
+            if adapter_name in modules:
+                module = modules[adapter_name]
+                parameters += fit(module.weight, dtype), fit(module.bias, dtype)
+            else:
+                parameters += None, None
+        return apply_bottleneck_adapter(
             x.to(dtype),
-            down_weight,
-            up_weight,
-            down_bias=down_bias,
-            up_bias=up_bias,
-            activation=config.activation,
-            scaling=scaling,
-            residual=residual,
-            dropout_p=config.dropout if self.training else 0.0,
-            norm_before=weight_and_bias(self.bottleneck_norm_before) if config.norm_before else None,
-            norm_after=weight_and_bias(self.bottleneck_norm_after) if config.norm_after else None,
-            residual_after_norm=config.residual_after_norm,
+            residual,
+            parameters,
+            scaling,
+            config.activation,
+            config.dropout if self.training else 0.0,
+            None,
+            config.residual_after_norm,
+            1e-5,
+            support.current_backend(self),  # the parameters may be cast anew at each call
         )
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.utils import logging
 
-from peft_fast.ops import prefix_attention
+from peft_fast import support
 from peft_fast.ops._shared import fit
+from peft_fast.ops.prefix_attention import apply_prefix_attention
 
 # The name of the prefix among an attention module's children.
 CHILD = "attn_prefix"
@@ -149,19 +150,10 @@ def _with_prefix(
         else:
             mask = position_bias + mask
     prefix_key, prefix_value, gate = prefix
-    return prefix_attention(
-        query,
-        key,
-        value,
-        fit(prefix_key, query.dtype),
-        fit(prefix_value, query.dtype),
-        attn_mask=mask,
-        is_causal=causal,
-        scale=scaling,
-        softcap=softcap,
-        gate=None if gate is None else fit(gate, query.dtype),
-        dropout_p=dropout,
-    )
+    gate = None if gate is None else fit(gate, query.dtype)
+    tensors = query, key, value, fit(prefix_key, query.dtype), fit(prefix_value, query.dtype), mask, gate
+    backend = support.current_backend(module)  # the prefix may be made anew at each call
+    return apply_prefix_attention(tensors, causal, scaling, None, softcap, dropout, None, backend)
 
 
 def _eager_function(kind: type) -> Callable:

@@ -380,10 +380,32 @@ def bottleneck_adapter(
     NotImplementedError where an explicit `backend` cannot serve.
     """
     parameters = [down_weight, down_bias, up_weight, up_bias, *(norm_before or _NO_NORM), *(norm_after or _NO_NORM)]
-    if seed is None and _is_usual_call(x, residual, parameters, scaling, activation, dropout_p, eps):
+    options = (scaling, activation, dropout_p, seed, residual_after_norm, eps)
+    return apply_bottleneck_adapter(x, residual, parameters, *options, support.current_backend(down_weight))
+
+
+def apply_bottleneck_adapter(
+    x: Tensor,
+    residual: Tensor | None,
+    parameters: list[Any],
+    scaling: float | Tensor,
+    activation: str,
+    dropout_p: float,
+    seed: Tensor | None,
+    residual_after_norm: bool,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    """`bottleneck_adapter` by a backend that the caller has asked for, since only it knows what stays the same.
+
+    The parameters are weight and bias of down and up projection, of the LayerNorm before and of that after.
+    """
+    usual = backend == "auto" and seed is None
+    if usual and _is_usual_call(x, residual, parameters, scaling, activation, dropout_p, eps):
         keep_mask = None
         if dropout_p:
-            keep_mask = x.new_empty(*x.shape[:-1], up_weight.shape[0]).bernoulli_(1 - dropout_p)
+            keep_mask = x.new_empty(*x.shape[:-1], parameters[2].shape[0]).bernoulli_(1 - dropout_p)
+        down_weight, down_bias, up_weight, up_bias, *norms = parameters
         return reference.bottleneck_adapter(
             x,
             down_weight,
@@ -395,16 +417,18 @@ def bottleneck_adapter(
             residual=residual,
             dropout_p=dropout_p,
             keep_mask=keep_mask,
-            norm_before=norm_before,
-            norm_after=norm_after,
+            norm_before=None if norms[0] is None else (norms[0], norms[1]),
+            norm_after=None if norms[2] is None else (norms[2], norms[3]),
             residual_after_norm=residual_after_norm,
             eps=eps,
         )
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         x, residual, parameters = _autocast(x, residual, parameters)
         with torch.autocast(x.device.type, enabled=False):
-            return _apply(x, residual, parameters, scaling, activation, dropout_p, seed, residual_after_norm, eps)
-    return _apply(x, residual, parameters, scaling, activation, dropout_p, seed, residual_after_norm, eps)
+            return _apply(
+                x, residual, parameters, scaling, activation, dropout_p, seed, residual_after_norm, eps, backend
+            )
+    return _apply(x, residual, parameters, scaling, activation, dropout_p, seed, residual_after_norm, eps, backend)
 
 
 def _is_usual_call(
@@ -416,7 +440,7 @@ def _is_usual_call(
     if not x.is_cpu or not (x.numel() < support.MIN_CPU_ADAPTER_ELEMENTS or (compiling and not dropout_p)):
         return False
     down_weight, _, up_weight, *_ = parameters
-    if torch._C._is_any_autocast_enabled() or support.current_backend(down_weight) != "auto":
+    if torch._C._is_any_autocast_enabled():
         return False
     dtype, shape = x.dtype, x.shape
     if dtype not in support.FLOATING or not shape or down_weight.dim() != 2 or up_weight.dim() != 2:
@@ -433,11 +457,10 @@ def _is_usual_call(
     return activation in reference.ACTIVATIONS and 0.0 <= dropout_p < 1.0 and eps >= 0
 
 
-def _apply(x, residual, parameters, scaling, activation, dropout_p, seed, residual_after_norm, eps):
+def _apply(x, residual, parameters, scaling, activation, dropout_p, seed, residual_after_norm, eps, backend):
     skip = residual is x
     tensors = (x, None if skip else residual, *parameters[:4], scaling, *parameters[4:])
     _validate(tensors, activation, dropout_p, seed, residual, eps)
-    backend = support.current_backend(parameters[0])
     threshold = reference.drop_threshold(dropout_p) if dropout_p else 0
     options = Options(skip, threshold, seed, activation, residual_after_norm, eps)
     if threshold and seed is None:

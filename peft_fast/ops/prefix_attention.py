@@ -286,11 +286,29 @@ def prefix_attention(
 
     Returns y (Z, H, S, DH) in query's dtype, a transposed (Z, S, H, DH). Under autocast query, key and value are cast
     to autocast's dtype first. Neither logits nor masks of dropout are kept for backward, nor copies of the prefix;
-    but on the CPU torch's own attention runs where it is as fast, and keeps what it keeps.
+    but on the CPU torch's own attention runs where it is as fast, and keeps what it keeps; its fused kernel has no
+    second derivatives, which `backend("eager")` has everywhere.
 
     Raises ValueError where shapes, dtypes or devices do not fit or a number is out of range, NotImplementedError where
     an explicit `backend` cannot serve.
     """
+    options = (is_causal, scale, sliding_window, softcap, dropout_p, seed)
+    tensors = (query, key, value, prefix_key, prefix_value, attn_mask, gate)
+    return apply_prefix_attention(tensors, *options, support.current_backend(prefix_key))
+
+
+def apply_prefix_attention(
+    tensors: tuple[Any, ...],
+    is_causal: bool,
+    scale: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """`prefix_attention` by a backend that the caller has asked for, since only it knows what stays the same."""
+    query, key, value, prefix_key, prefix_value, attn_mask, gate = tensors
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(query.device.type):
         if query.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(query.device.type)
@@ -298,30 +316,19 @@ def prefix_attention(
             if prefix_key.dtype not in (dtype, torch.float32):
                 prefix_key, prefix_value = prefix_key.to(dtype), prefix_value.to(dtype)
                 gate = None if gate is None else gate.to(dtype)
+        tensors = (query, key, value, prefix_key, prefix_value, attn_mask, gate)
         with torch.autocast(query.device.type, enabled=False):
-            return prefix_attention(
-                query,
-                key,
-                value,
-                prefix_key,
-                prefix_value,
-                attn_mask=attn_mask,
-                is_causal=is_causal,
-                scale=scale,
-                sliding_window=sliding_window,
-                softcap=softcap,
-                gate=gate,
-                dropout_p=dropout_p,
-                seed=seed,
-            )
-    tensors = (query, key, value, prefix_key, prefix_value, attn_mask, gate)
+            return apply_prefix_attention(tensors, is_causal, scale, sliding_window, softcap, dropout_p, seed, backend)
     _validate(tensors, sliding_window, softcap, dropout_p, seed)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    backend = support.current_backend(prefix_key)
     plain = query.is_cpu and backend == "auto" and seed is None and gate is None and softcap is None
-    if plain and (
-        _is_small(query, key, prefix_key, dropout_p)
-        or (not dropout_p and _leaves_nothing_out(query, key, attn_mask, is_causal or sliding_window is not None))
+    if (
+        plain
+        and (
+            _is_small(query, key, prefix_key, dropout_p)
+            or (not dropout_p and _leaves_nothing_out(query, key, attn_mask, is_causal or sliding_window is not None))
+        )
+        and (torch.compiler.is_compiling() or not support.in_transform())
     ):
         restricts = (is_causal and query.shape[2] > 1, sliding_window)
         return _as_usual(query, key, value, prefix_key, prefix_value, attn_mask, *restricts, scale, dropout_p)
