@@ -114,13 +114,13 @@ def test_residual_from_at_the_default_places(family, residual_from, monkeypatch)
             adapted(family, residual_from="norm")
         return
     calls = []
-    op = bottleneck.bottleneck_adapter
+    op = bottleneck.apply_bottleneck_adapter
 
-    def recorded(x, *args, **options):
-        calls.append((x, options["residual"], op(x, *args, **options)))
+    def recorded(x, residual, *args):
+        calls.append((x, residual, op(x, residual, *args)))
         return calls[-1][2]
 
-    monkeypatch.setattr(bottleneck, "bottleneck_adapter", recorded)
+    monkeypatch.setattr(bottleneck, "apply_bottleneck_adapter", recorded)
     model = adapted(family, residual_from=residual_from)
     outputs, received = [], []
     for layer in bottleneck_layers(model):

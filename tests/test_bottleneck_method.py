@@ -63,13 +63,13 @@ def test_places(family, style, monkeypatch):
     the layer returns, in models that normalize first or last.
     """
     calls = []
-    op = bottleneck.bottleneck_adapter
+    op = bottleneck.apply_bottleneck_adapter
 
-    def recorded(x, *args, **options):
-        calls.append((x, options["residual"]))
-        return op(x, *args, **options)
+    def recorded(x, residual, *args):
+        calls.append((x, residual))
+        return op(x, residual, *args)
 
-    monkeypatch.setattr(bottleneck, "bottleneck_adapter", recorded)
+    monkeypatch.setattr(bottleneck, "apply_bottleneck_adapter", recorded)
     model = adapted(family, style, zero=True)
     wide, outputs, inputs, layers = (64, 48), [], [], []
     for name, module in model.named_modules():

@@ -108,14 +108,14 @@ def test_steps_are_those_of_peft(family, projection):
 def test_attention_gets_the_prefix_once_and_no_mask(monkeypatch):
     calls = []
     interface = sys.modules["peft_fast.methods.prefix_interface"]
-    op = interface.prefix_attention
+    op = interface.apply_prefix_attention
 
-    @functools.wraps(op)
-    def watched(query, key, value, prefix_key, prefix_value, **kwargs):
-        calls.append((key.shape[2], tuple(prefix_key.shape), tuple(prefix_value.shape), kwargs["attn_mask"]))
-        return op(query, key, value, prefix_key, prefix_value, **kwargs)
+    def watched(tensors, *args):
+        _, key, _, prefix_key, prefix_value, mask, _ = tensors
+        calls.append((key.shape[2], tuple(prefix_key.shape), tuple(prefix_value.shape), mask))
+        return op(tensors, *args)
 
-    monkeypatch.setattr(interface, "prefix_attention", watched)
+    monkeypatch.setattr(interface, "apply_prefix_attention", watched)
     for family, heads in (("llama", 2), ("bert", 4), ("opt", 4)):
         model = patched_copy(tuned(family))
         runs = []
