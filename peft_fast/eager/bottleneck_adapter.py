@@ -7,7 +7,9 @@
     dz = act'(z) ∘ (scaling / (1-p) · dt Wu)           dx = LN_before's gradient of dz Wd, and the residual's
     dWu = scaling / (1-p) · dtᵀ act(z)   dbu = scaling / (1-p) · Σ_M dt   dWd = dzᵀ LN_before(x)   dbd = Σ_M dz
 
-Kept from forward are x, z, the rows' statistics, and v where there is a LN_after: made again, it would cost a matmul.
+Kept from forward are x, z and the rows' statistics. With dropout v is made again for LN_after's gradient, unless its
+residual is a tensor of its own, which would have to be kept instead. Without dropout v is kept, as the usual modules
+keep it: there the matmul would cost what nothing else makes up for.
 What else has x's size is made in blocks of rows that stay in the cache, and again in backward. Without dropout,
 LN_before and casts there is no such tensor: the residual is where the matmul accumulates, all rows are one block.
 """
@@ -81,7 +83,8 @@ def adapter_fwd(
         direct = y.rows(rows, x, N) if not norm_after and x.dtype is wide else None
         out = _expand(act(z_rows), up, up_bias, scale, inside, dropped, threshold, traced, direct)
         if norm_after:
-            v.put(rows, out)
+            if not (threshold and _has_sources(residual, x, residual_after_norm)):
+                v.put(rows, out)
             out, mean, rstd = torch.native_layer_norm(out, (N,), *norm_after, eps)
             mean_after.put(rows, mean)
             rstd_after.put(rows, rstd)
@@ -134,16 +137,21 @@ def adapter_bwd(
 
     for rows, dropped in _blocks(M, N, height, threshold, seed, wide, traced):
         z_rows, dv = z[rows], cast(dy[rows], wide)
+        a = ACTIVATIONS[activation](z_rows)
         skip = dv
         if norm_after:
-            dv, *sides = _norm_grad(dv, v[rows], norm_after, mean_after[rows], rstd_after[rows])
+            if v is None:
+                r = cast(x[rows], wide) if residual is x and not residual_after_norm else None
+                v_rows = _expand(a, up, up_bias, number, r, dropped, threshold, traced, None)
+            else:
+                v_rows = v[rows]
+            dv, *sides = _norm_grad(dv, v_rows, norm_after, mean_after[rows], rstd_after[rows])
             add_sum("norm_after_weight", sides[0])
             add_sum("norm_after_bias", sides[1])
             skip = skip if residual_after_norm else dv
         if "residual" in needs:
             d_residual.put(rows, cast(skip, dy.dtype))
         dt = dv if dropped is None else dropped.masked(dv)
-        a = ACTIVATIONS[activation](z_rows)
         if "up_weight" in needs:
             add_product("up_weight", a, dt)
         if "up_bias" in needs or ("scaling" in needs and up_bias is not None):
@@ -186,6 +194,11 @@ def adapter_bwd(
     for name in ("norm_before", "norm_after"):
         grads[name] = sums.get(f"{name}_weight"), sums.get(f"{name}_bias")
     return {name: grads[name] if name in grads else sums[name] for name in needs}
+
+
+def _has_sources(residual: Tensor | None, x: Tensor, residual_after_norm: bool) -> bool:
+    """Whether backward has all that v is made from."""
+    return residual is None or residual is x or residual_after_norm
 
 
 class _Rows:
