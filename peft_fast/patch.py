@@ -1,8 +1,9 @@
 """Swap, report and exact undo, on a model that exists.
 
 Patching changes the class of each layer that has a fused op, and of a model with peft's prefix tuning, to a subclass
-whose forward asks, at every call, whether this call may be fused, and runs stock peft where not. Modules, parameters,
-hooks and state are not touched.
+whose forward asks, at every call, whether this call may be fused, and runs stock peft where not. The base model's own
+`nn.Dropout` modules change with them: on the CPU they cost as much as matmuls. Modules, parameters, hooks and state are
+not touched.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from peft_fast import support
 from peft_fast.methods import prefix_patch
+from peft_fast.ops.dropout import apply_dropout
 from peft_fast.ops.lora_linear import apply_lora_linear
 
 # The attribute of a patched layer that says why its last call ran stock; `unpatch` removes it.
@@ -36,6 +38,14 @@ class Linear(lora.Linear):
         return apply_lora_linear(x, *call)
 
 
+class Dropout(nn.Dropout):
+    """torch's dropout with a mask from fewer random words, on the CPU."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        threshold = support.fusable_dropout(self, input)
+        return apply_dropout(input, threshold) if threshold else super().forward(input)
+
+
 @dataclass(frozen=True)
 class _Patch:
     stock: type
@@ -48,6 +58,8 @@ _ALL = (_Patch(lora.Linear, Linear, "lora_linear", support.fusable_lora),)
 _PATCHES = {patch.stock: patch for patch in _ALL}
 _PATCHED = {patch.patched: patch for patch in _ALL}
 _is_prefix = prefix_patch.is_prefix_model
+_SWAPPED: dict[type, type] = {nn.Dropout: Dropout} | {patch.stock: patch.patched for patch in _ALL}
+_STOCK = {patched: stock for stock, patched in _SWAPPED.items()}
 
 
 @dataclass(frozen=True)
@@ -65,12 +77,17 @@ class PatchRow:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What runs fused and what does not. `str(report)` is a table."""
+    """What runs fused and what does not. `str(report)` is a table.
+
+    `dropouts` is the number of patched dropout modules of a base model on the CPU; they have no rows.
+    """
 
     rows: tuple[PatchRow, ...]
+    dropouts: int = 0
 
     def __str__(self) -> str:
         fused = sum(row.state == "fused" for row in self.rows)
+        dropouts = f"; {self.dropouts} dropouts of the base model too" if self.dropouts else ""
         table = [
             ("module", "op", "runs", "reason"),
             *((row.name, row.op, row.state, row.reason) for row in self.rows),
@@ -79,14 +96,15 @@ class PatchReport:
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
         ]
-        return "\n".join([f"peft_fast: {fused} of {len(self.rows)} adapter layers fused", *lines])
+        return "\n".join([f"peft_fast: {fused} of {len(self.rows)} adapter layers fused{dropouts}", *lines])
 
 
 def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
     """Let the adapter layers of `model` run fused, in place. Patching twice does no more than patching once.
 
     Only `forward` changes: modules, parameters, hooks, state_dict keys, isinstance checks, saving, merging and
-    switching of adapters stay as they were. A call that cannot be fused runs stock peft.
+    switching of adapters stay as they were. A call that cannot be fused runs stock peft. On the CPU the `nn.Dropout`
+    modules of the base model draw their masks faster; those masks are other ones than stock's.
 
     With peft's prefix tuning the forward of the whole model is fused where peft is right; where it is not, stock stays
     and the report says so. `generate` stays stock. While patched, the base model's config names an attention
@@ -109,22 +127,27 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
     stock = [PatchRow(name, _op(module), "stock", reason) for name, module in layers if (reason := _why_stock(module))]
     if strict and stock:
         raise ValueError(f"model: with strict=True every layer must run fused\n{PatchReport(tuple(stock))}")
-    for _, module in layers:
-        if type(module) in _PATCHES:
-            module.__class__ = _PATCHES[type(module)].patched
-        elif _is_prefix(module):
-            prefix_patch.swap(module)
+    for module in (*(module for _, module in layers), *_dropouts(model)):
+        swap(module)
     return report(model)
 
 
+def swap(module: Any) -> None:
+    """Patch this very module."""
+    if _is_prefix(module):
+        prefix_patch.swap(module)
+    elif type(module) in _SWAPPED:
+        module.__class__ = _SWAPPED[type(module)]
+
+
 def unpatch(model: nn.Module) -> None:
-    """Give every patched layer of `model` its stock class back: the exact undo of `patch`."""
+    """Give every patched module of `model` its stock class back: the exact undo of `patch`."""
     for module in model.modules():
-        if type(module) in _PATCHED:
-            module.__class__ = _PATCHED[type(module)].stock
-            module.__dict__.pop(_STOCK_CALL, None)
-        elif _is_prefix(module):
+        if _is_prefix(module):
             prefix_patch.swap_back(module)
+        elif type(module) in _STOCK:
+            module.__class__ = _STOCK[type(module)]
+            module.__dict__.pop(_STOCK_CALL, None)
 
 
 def report(model: nn.Module) -> PatchReport:
@@ -138,7 +161,16 @@ def report(model: nn.Module) -> PatchReport:
         reason = _why_stock(module) or _since_patching(module)
         note = prefix_patch.CHECKPOINTED if _is_prefix(module) and prefix_patch.is_checkpointed(module) else ""
         rows.append(PatchRow(name, _op(module), "stock" if reason else "fused", reason or note))
-    return PatchReport(tuple(rows))
+    on_cpu = any(parameter.is_cpu for parameter in model.parameters())
+    dropouts = sum(type(module) is Dropout and module.p > 0 for module in model.modules()) if on_cpu else 0
+    return PatchReport(tuple(rows), dropouts)
+
+
+def _dropouts(model: nn.Module) -> list[nn.Module]:
+    """The dropout modules of the base model: those of a LoRA layer are part of its op."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    inside = {part for layer in layers for part in layer.modules()}
+    return [module for module in model.modules() if type(module) is nn.Dropout and module not in inside]
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -149,7 +181,7 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def is_patched(module: nn.Module) -> bool:
     """Whether `patch` has changed the class of this very module."""
-    return type(module) in _PATCHED or type(module) in prefix_patch.PATCHED
+    return type(module) in _STOCK or type(module) in prefix_patch.PATCHED
 
 
 def _since_patching(module: Any) -> str:

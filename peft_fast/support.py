@@ -14,6 +14,8 @@ from torch.autograd import forward_ad
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
+from peft_fast.reference import drop_threshold
+
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("auto", "triton", "eager")
@@ -22,7 +24,8 @@ BACKENDS = ("auto", "triton", "eager")
 # Conservative and not measured.
 MIN_GPU_ELEMENTS = 1 << 21
 
-# Below this many elements of x, seeding a generator twice costs the CPU more than its fast dropout saves.
+# Below this many elements of x, seeding a generator twice costs the CPU more than its fast dropout saves, on the
+# low-rank path as in a dropout module.
 MIN_CPU_DROPOUT_ELEMENTS = 1 << 15
 
 # Below this many elements of x the usual torch calls are as fast as the bottleneck adapter's own function.
@@ -264,6 +267,21 @@ def _why_not_input(
     if backend == "auto" and shape[:-1].numel() * max(weight.shape) < MIN_GPU_ELEMENTS:
         return "too small to gain on this device"
     return None
+
+
+def fusable_dropout(module: nn.Dropout, x: Tensor) -> int:
+    """How many of 2^16 values drop an element of x, where a call of a dropout module gains by `ops.dropout`; else 0."""
+    fusable = (
+        module.training
+        and 0 < module.p < 1
+        and not module.inplace
+        and x.numel() >= MIN_CPU_DROPOUT_ELEMENTS
+        and x.is_cpu
+        and x.dtype in FLOATING
+        and runs_plainly(x)
+        and torch._C._get_tracing_state() is None
+    )
+    return drop_threshold(module.p) if fusable else 0
 
 
 def _has_global_hooks() -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_fast.patch import is_patched, patch, unpatch
+from peft_fast.patch import is_patched, patch, swap, unpatch
 from peft_fast.testing import error_budget, largest_error, saved_bytes
 
 _GRADIENT = "gradient of "
@@ -189,7 +189,7 @@ def _costs(model: nn.Module, batch: Mapping[str, Any], layers: list[nn.Module], 
         for fused in (0, 1):
             unpatch(model)
             for layer in layers if fused else ():
-                patch(layer)
+                swap(layer)
             if turn == 0:  # which also warms up
                 saved[fused] = saved_bytes(lambda: _loss(model, batch)[0], own)
             model.zero_grad(set_to_none=True)
@@ -227,7 +227,7 @@ def _restored(model: nn.Module) -> Iterator[list[nn.Module]]:
     finally:
         unpatch(model)
         for module in patched:
-            patch(module)
+            swap(module)
         for module, mode in modes.items():
             module.training = mode
         for parameter, gradient in gradients.items():

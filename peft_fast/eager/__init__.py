@@ -3,6 +3,7 @@
 from peft_fast.eager.bottleneck_adapter import adapter_bwd as adapter_bwd
 from peft_fast.eager.bottleneck_adapter import adapter_fwd as adapter_fwd
 from peft_fast.eager.dropout import draw_seed as draw_seed
+from peft_fast.eager.dropout import drop as drop
 from peft_fast.eager.dropout import dropout_mask as dropout_mask
 from peft_fast.eager.lora_linear import lora_bwd as lora_bwd
 from peft_fast.eager.lora_linear import lora_fwd as lora_fwd

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from peft_fast.reference import keep_scale
+
 # One block of fp32 activations stays in the cache while it is masked and multiplied. It is small enough, too, for a
 # 32-bit word times its size to pick an element with equal probability, to 2^-13 of that probability.
 BLOCK_ELEMENTS = 1 << 19
@@ -58,7 +60,8 @@ class Dropped:
 
     def _without_points(self, x: Tensor) -> Tensor:
         if x.is_cpu:  # half the time of index_fill_
-            x.view(-1).numpy()[self.points] = 0
+            bits = x.view(torch.int16) if x.dtype is torch.bfloat16 else x  # numpy has no bfloat16
+            bits.view(-1).numpy()[self.points] = 0
         else:
             x.view(-1).index_fill_(0, torch.from_numpy(self.points).to(x.device), 0)
         return x
@@ -85,6 +88,15 @@ def dropout_mask(seed: Tensor, shape: Sequence[int], threshold: int) -> Tensor:
     for rows, dropped in dropped_blocks(seed, shape, threshold):
         dropped.mask_(mask[rows])
     return mask.to(seed.device)
+
+
+def drop(x: Tensor, threshold: int, seed: Tensor) -> Tensor:
+    """drop(x) = mask ∘ x / (1 - p), contiguous and new; x (..., K) not empty, the mask that of all its rows."""
+    out = torch.mul(x.contiguous(), keep_scale(threshold))
+    rows = out.view(-1, x.shape[-1])
+    for block, dropped in dropped_blocks(seed, rows.shape, threshold):
+        dropped.mask_(rows[block])
+    return out
 
 
 def block_rows(K: int) -> int:

@@ -1,0 +1,199 @@
+"""Dropout modules of the base model: on the CPU they draw their masks from a seed once the model is patched."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import BertConfig, BertForSequenceClassification
+
+import peft_fast
+from models import batch, lora_layers, lora_model, patched_copy
+from peft_fast import eager, reference, support
+from peft_fast.ops.dropout import apply_dropout
+from peft_fast.testing import assert_within_budget, saved_bytes
+
+SHAPE = (4, 96, 128)  # just large enough to gain
+
+
+def dropout_modules(model):
+    inside = {part for layer in lora_layers(model) for part in layer.modules()}
+    return [module for module in model.modules() if isinstance(module, nn.Dropout) and module not in inside]
+
+
+def bert_with_dropout(**config):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return lora_model(base=BertForSequenceClassification(BertConfig(**sizes, **config)), lora_dropout=0.1)
+
+
+@pytest.fixture
+def module():
+    model = patched_copy(bert_with_dropout())
+    return dropout_modules(model)[0].train()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.4], ids=["points", "bytes"])
+@pytest.mark.parametrize("dtype", support.FLOATING, ids=str)
+def test_values_and_gradient(p, dtype):
+    x = torch.randn(SHAPE, dtype=dtype).transpose(0, 1).requires_grad_()
+    dy, seed, threshold = torch.randn(x.shape, dtype=dtype), torch.tensor([5]), reference.drop_threshold(p)
+    y = apply_dropout(x, threshold, seed)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    mask = eager.dropout_mask(seed, (x.numel() // SHAPE[2], SHAPE[2]), threshold).view(x.shape)
+    for actual, given in ((y, x), (dx, dy)):
+        wide = given.double() * mask * reference.keep_scale(threshold)
+        assert_within_budget(actual, wide, given * mask * reference.keep_scale(threshold), length=1)
+
+
+def test_second_derivatives_and_batched_gradients():
+    x = torch.randn(8, 16, dtype=torch.float64, requires_grad=True)
+    seed, threshold = torch.tensor([5]), reference.drop_threshold(0.3)
+    assert torch.autograd.gradgradcheck(lambda x: apply_dropout(x.square(), threshold, seed), x)
+    y, dy = apply_dropout(x, threshold, seed), torch.randn(3, 8, 16, dtype=torch.float64)
+    (batched,) = torch.autograd.grad(y, x, dy, is_grads_batched=True, retain_graph=True)
+    assert torch.equal(batched, torch.stack([torch.autograd.grad(y, x, row, retain_graph=True)[0] for row in dy]))
+
+
+def test_keeps_the_seed_alone(module):
+    x = torch.randn(SHAPE, requires_grad=True)
+    assert saved_bytes(lambda: module(x), []) == 8
+    assert saved_bytes(lambda: nn.Dropout(0.1)(x), []) == 4 * x.numel()
+
+
+def test_draws_with_torchs_generator(module):
+    x = torch.ones(SHAPE)
+    torch.manual_seed(1)
+    first, second = module(x), module(x)
+    torch.manual_seed(1)
+    assert torch.equal(module(x), first)
+    assert not torch.equal(first, second)
+    assert first.mean() == pytest.approx(1, abs=5 * (0.1 / 0.9 / x.numel()) ** 0.5)
+
+
+def _small(x, module):
+    return x[:1, :50]
+
+
+def _in_evaluation(x, module):
+    module.eval()
+    return x
+
+
+def _in_place(x, module):
+    module.inplace = True
+    return x.clone()
+
+
+def _everything(x, module):
+    module.p = 1.0
+    return x
+
+
+def _nothing(x, module):
+    module.p = 0.0
+    return x
+
+
+@pytest.mark.parametrize("prepare", [_small, _in_evaluation, _in_place, _everything, _nothing])
+def test_stock_runs(prepare, module):
+    x = prepare(torch.randn(SHAPE), module)
+    stock = nn.Dropout(module.p, module.inplace).train(module.training)
+    torch.manual_seed(2)
+    expected = stock(x.clone())
+    torch.manual_seed(2)
+    assert torch.equal(module(x), expected)
+
+
+def test_stock_runs_where_calls_are_watched_or_transformed(module):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x = torch.randn(SHAPE)
+    assert module(torch.empty(SHAPE, device="meta")).is_meta
+    with FakeTensorMode() as mode:
+        assert module(mode.from_tensor(x)).shape == x.shape
+    assert "bernoulli" in make_fx(module)(x).code
+    torch.func.vmap(module, randomness="different")(x)
+    assert (torch.func.grad(lambda x: module(x).sum())(x) == 0).any()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert 0.05 < (compiled(x) == 0).double().mean() < 0.15
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_checkpointing_draws_the_same_mask(use_reentrant, module):
+    x, dy = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE)
+    gradients = []
+    for checkpointed in (False, True):
+        torch.manual_seed(3)
+        x.grad = None
+        y = (
+            checkpoint(lambda x: module(x).square(), x, use_reentrant=use_reentrant)
+            if checkpointed
+            else module(x).square()
+        )
+        y.backward(dy)
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
+class TestPatch:
+    def test_modules_of_the_base_model_change_and_change_back(self):
+        model = bert_with_dropout()
+        count = len(dropout_modules(model))
+        report = peft_fast.patch(model)
+        assert report.dropouts == count > 3
+        assert f"; {count} dropouts of the base model too" in str(report)
+        assert {type(module) for module in dropout_modules(model)} == {peft_fast.patch.__globals__["Dropout"]}
+        layer = lora_layers(model)[0]
+        assert type(layer.lora_dropout["default"]) is nn.Dropout  # part of the layer's op
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+        peft_fast.unpatch(model)
+        assert {type(module) for module in dropout_modules(model)} == {nn.Dropout}
+        for copied in copies:
+            assert peft_fast.report(copied) == report
+
+    def test_without_dropout_none_is_reported(self):
+        model = bert_with_dropout(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        model.base_model.classifier.p = 0.0
+        for module in dropout_modules(model):
+            module.p = 0.0
+        report = peft_fast.patch(model)
+        assert report.dropouts == 0
+        assert "dropout" not in str(report).splitlines()[0]
+
+    def test_subclasses_and_a_forward_of_its_own_stay(self):
+        class Louder(nn.Dropout):
+            pass
+
+        model = bert_with_dropout()
+        first, second, *_ = dropout_modules(model)
+        first.__class__ = Louder
+        second.forward = lambda x: x + 1
+        peft_fast.patch(model)
+        assert type(first) is Louder
+        assert torch.equal(second(torch.zeros(SHAPE)), torch.ones(SHAPE))
+
+    def test_hooks_fire(self, module):
+        seen = []
+        module.register_forward_hook(lambda *args: seen.append(1))
+        module(torch.randn(SHAPE))
+        assert seen == [1]
+
+    def test_a_step_trains_what_stock_trains(self):
+        model = patched_copy(bert_with_dropout())
+        ids = torch.randint(2, 50, (16, 64))
+        model(input_ids=ids, labels=torch.arange(16) % 2).loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+    def test_evaluation_is_stocks(self):
+        stock = bert_with_dropout().eval()
+        assert torch.allclose(patched_copy(stock)(**batch()).logits, stock(**batch()).logits, atol=1e-6)
+
+
+def test_under_a_transform_the_mask_is_an_op():
+    x, seed, threshold = torch.randn(SHAPE), torch.tensor([5]), reference.drop_threshold(0.1)
+    gradient = torch.func.grad(lambda x: apply_dropout(x, threshold, seed).sum())(x)
+    assert torch.equal(gradient, apply_dropout(torch.ones_like(x), threshold, seed))
