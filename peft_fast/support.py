@@ -280,8 +280,21 @@ def fusable_dropout(module: nn.Dropout, x: Tensor) -> int:
         and x.dtype in FLOATING
         and runs_plainly(x)
         and torch._C._get_tracing_state() is None
+        and _draws_one_by_one()
     )
     return drop_threshold(module.p) if fusable else 0
+
+
+@functools.cache
+def _draws_one_by_one() -> bool:
+    """Whether this CPU's `F.dropout` takes a number from torch's generator for each element.
+
+    On Intel's CPUs torch takes one seed for MKL instead, which draws in parallel.
+    """
+    few, many = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    torch.empty(1).bernoulli_(0.5, generator=few)
+    torch.empty(100).bernoulli_(0.5, generator=many)
+    return not torch.equal(few.get_state(), many.get_state())
 
 
 def _has_global_hooks() -> bool:

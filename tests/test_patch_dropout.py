@@ -16,6 +16,12 @@ from peft_fast.ops.dropout import apply_dropout
 from peft_fast.testing import assert_within_budget, saved_bytes
 
 SHAPE = (4, 96, 128)  # just large enough to gain
+DRAWS_ONE_BY_ONE = support._draws_one_by_one
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_cpu_where_it_gains(monkeypatch):
+    monkeypatch.setattr(support, "_draws_one_by_one", lambda: True)
 
 
 def dropout_modules(model):
@@ -105,6 +111,19 @@ def test_stock_runs(prepare, module):
     expected = stock(x.clone())
     torch.manual_seed(2)
     assert torch.equal(module(x), expected)
+
+
+@pytest.mark.parametrize("taken", [1, 100], ids=["a seed", "a number an element"])
+def test_stock_runs_where_it_draws_in_parallel(taken, module, monkeypatch):
+    def bernoulli_(self, p, *, generator):
+        return self.copy_(torch.rand(min(taken, len(self)), generator=generator)[:1])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "bernoulli_", bernoulli_)
+        one_by_one = DRAWS_ONE_BY_ONE.__wrapped__()
+    assert one_by_one == (taken == 100)
+    monkeypatch.setattr(support, "_draws_one_by_one", lambda: one_by_one)
+    assert (saved_bytes(lambda: module(torch.ones(SHAPE, requires_grad=True)), []) == 8) == one_by_one
 
 
 def test_stock_runs_where_calls_are_watched_or_transformed(module):
