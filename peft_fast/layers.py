@@ -85,7 +85,8 @@ class LoraLinear(nn.Module):
             self.merged = False
 
     def _update(self) -> Tensor:
-        return (self.scaling * (self.lora_b.float() @ self.lora_a.float())).to(self.lora_a.dtype)
+        wide = torch.promote_types(self.lora_a.dtype, torch.float32)
+        return (self.scaling * (self.lora_b.to(wide) @ self.lora_a.to(wide))).to(self.lora_a.dtype)
 
     def get_extra_state(self) -> dict[str, bool]:
         """Whether the saved base weight holds the update already."""

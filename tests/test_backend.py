@@ -37,7 +37,6 @@ def narrow(model):
     return model
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 @pytest.mark.parametrize("make", [reparametrised_prefix, patched_prefix, cast_prefix, cast_adapter])
 def test_a_repeated_forward_keeps_the_backend(make, use_reentrant):

@@ -139,7 +139,6 @@ def test_residual_from_at_the_default_places(family, residual_from, monkeypatch)
         torch.testing.assert_close(last, y + (u - h.view_as(u)))
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize(("family", "residual_from"), [("bert", "norm"), ("opt_postnorm", "sum"), ("llama", "sum")])
 def test_residual_from_saved_checkpointed_and_compiled(family, residual_from, tmp_path):
     model = adapted(family, residual_from=residual_from)

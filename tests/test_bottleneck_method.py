@@ -203,7 +203,6 @@ def test_active_adapters_are_applied_in_order():
         torch.testing.assert_close(model(x), expected)
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "albert"])  # which has no checkpointing
 def test_gradient_checkpointing(family, reentrant):
@@ -367,6 +366,20 @@ def test_merging_is_refused_and_unloading_works():
     assert torch.equal(logits(base), expected)
     assert not bottleneck_layers(base)
     assert not any(module._forward_pre_hooks for module in base.modules())
+
+
+def test_a_layer_norm_may_be_called_by_keyword():
+    model = adapted()
+    norms = [layer for layer in bottleneck_layers(model) if isinstance(layer.base_layer, nn.LayerNorm)]
+    x = torch.randn(3, norms[0].base_layer.normalized_shape[0])
+    assert torch.equal(norms[0](input=x), norms[0](x))
+    assert not torch.equal(norms[0](x), norms[0].base_layer(x))
+
+
+def test_batches_of_several_adapters_are_refused():
+    model = adapted().eval()
+    with pytest.raises(ValueError, match=r"adapter_names: BottleneckModel has no batches of several.*set_adapter"):
+        model(**batch("bert"), adapter_names=["default"] * 4)
 
 
 def test_deleting_an_adapter_takes_its_hooks_off():

@@ -32,7 +32,7 @@ def test_starts_as_the_base_layer_and_trains_its_factors_alone():
     assert not base.weight.requires_grad
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_merge_and_unmerge(dtype):
     layer = LoraLinear(nn.Linear(24, 40, dtype=dtype), 4, 8, lora_dropout=0.5).eval()
     nn.init.normal_(layer.lora_b)

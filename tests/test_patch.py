@@ -108,7 +108,6 @@ def test_bytes_saved_by_a_step_of_an_encoder(dropout_p, bar):
     assert saved(patched_copy(stock)) <= bar * saved(stock)
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 def test_gradient_checkpointing(use_reentrant):
     with peft_fast.backend("eager"):

@@ -240,7 +240,7 @@ def test_gradient_checkpointing(family, reentrant, projection):
     """Where stock loses the prefix or crashes: the steps are those of a model without checkpointing."""
     stock = tuned(family, prefix_projection=projection).train()
     patched = patched_copy(stock)
-    patched.get_base_model().activation_checkpointing_enable({"use_reentrant": reentrant})
+    patched.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
     patched.get_base_model().enable_input_require_grads()
     stock.get_base_model().enable_input_require_grads()
     inputs = batch(family)
@@ -265,7 +265,7 @@ def test_adapters_that_change_before_a_checkpointed_backward(reentrant):
     fill(stock, "other", seed=4)
     stock.set_adapter("default")
     patched = patched_copy(stock)
-    patched.get_base_model().activation_checkpointing_enable({"use_reentrant": reentrant})
+    patched.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
     for model in (stock, patched):
         model.get_base_model().enable_input_require_grads()
     loss = patched(**batch("llama")).loss

@@ -123,7 +123,6 @@ def test_padding_side_and_amount_change_nothing(family):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text", "modernbert"])
 def test_rows_stay_in_the_window(family, checkpointing):
@@ -143,7 +142,6 @@ def test_rows_stay_in_the_window(family, checkpointing):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "albert"])  # which has no checkpointing
 def test_gradient_checkpointing(family, reentrant):
@@ -163,7 +161,6 @@ def test_gradient_checkpointing(family, reentrant):
     torch.testing.assert_close(parameter(model).grad, next(iter(expected[1].values())), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_of_a_causal_encoder(reentrant):
     """BERT as a decoder, whose layers are run by another module than that which makes the masks."""
@@ -298,7 +295,6 @@ def test_copies_are_independent(family):
     assert not torch.equal(step(model, family)[0], expected)
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_disable` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Adapter every was active which is now deleted")
 @pytest.mark.parametrize("family", ["bert", "llama"])

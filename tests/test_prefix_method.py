@@ -89,6 +89,12 @@ def test_every_prefix_gets_a_gradient_and_none_is_shared(family):
     assert len(prefix_layers(model)) == len(attention_modules(model))
 
 
+def test_batches_of_several_adapters_are_refused():
+    model = prefixed("bert").eval()
+    with pytest.raises(ValueError, match=r"adapter_names: PrefixModel has no batches of several.*set_adapter"):
+        model(**batch("bert"), adapter_names=["default"] * 4)
+
+
 @each_family
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_disabled_deleted_or_unloaded_is_the_base_model(family, implementation):
@@ -273,7 +279,6 @@ def test_dropout_in_training_only(family):
     assert torch.equal(step(model, family, seed=5)[0], first)
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "albert"])  # which has no checkpointing
 def test_gradient_checkpointing(family, reentrant):

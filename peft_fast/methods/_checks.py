@@ -1,6 +1,8 @@
-"""What the configurations check in the same way."""
+"""What the methods check in the same way."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -20,3 +22,16 @@ def check_targets(config: Any) -> None:
     for name in ("target_modules", "exclude_modules"):
         if isinstance(getattr(config, name), list):
             setattr(config, name, set(getattr(config, name)))
+
+
+class RefusesMixedBatches:
+    """A tuner whose adapters serve whole batches: peft drops `adapter_names` silently where a tuner takes none."""
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Iterator:
+        if adapter_names is not None:
+            raise ValueError(
+                f"adapter_names: {type(self).__name__} has no batches of several adapters, got {adapter_names!r}; call "
+                "set_adapter and run each adapter's part of the batch"
+            )
+        yield

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_fast import support
 from peft_fast.layers import ADAPTER_INITS, init_adapter
-from peft_fast.methods._checks import check_targets, is_number
+from peft_fast.methods._checks import RefusesMixedBatches, check_targets, is_number
 from peft_fast.methods.bottleneck_targets import default_targets
 from peft_fast.ops._shared import fit
 from peft_fast.ops.bottleneck_adapter import apply_bottleneck_adapter
@@ -226,14 +226,14 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         active = [name for name in self.active_adapters if name in self.bottleneck_down and not self.disable_adapters]
         x = args[0] if args else next(iter(kwargs.values()))
-        for name in active:
-            if self._is_around_norm(name):
-                x = self._adapt_around_norm(name, x)
-                args = (x,)
-        result = self.base_layer(*args, **kwargs)
+        around = [name for name in active if self._is_around_norm(name)]
+        for name in around:
+            x = self._adapt_around_norm(name, x)
+        # A LayerNorm has one argument.
+        result = self.base_layer(x) if around else self.base_layer(*args, **kwargs)
         y = result[0] if isinstance(result, tuple) else result
         for name in active:
-            if self._is_around_norm(name):
+            if name in around:
                 continue
             config, received = self.bottleneck_config[name], self._received(name, y.device)
             if config.style == "parallel":
@@ -323,7 +323,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         return "bottleneck." + super().__repr__()
 
 
-class BottleneckModel(BaseTuner):
+class BottleneckModel(RefusesMixedBatches, BaseTuner):
     """The peft tuner of `BottleneckConfig`."""
 
     prefix = "bottleneck_"

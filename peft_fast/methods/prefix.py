@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from torch import Tensor, nn
 
 from peft_fast.layers import PREFIX_STD
+from peft_fast.methods._checks import RefusesMixedBatches
 from peft_fast.methods.prefix_config import PrefixConfig
 from peft_fast.methods.prefix_init import init_from_tokens, init_input, initial_tokens
 from peft_fast.methods.prefix_input import ROWS, Front, InputLayer, find_stack
@@ -146,7 +147,7 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
         return "prefix." + super().__repr__()
 
 
-class PrefixModel(BaseTuner):
+class PrefixModel(RefusesMixedBatches, BaseTuner):
     """The peft tuner of `PrefixConfig`."""
 
     prefix = "prefix_"
