@@ -1,6 +1,6 @@
 """Fine-tune an encoder for extractive question answering with PEFT: a start and an end in the passage.
 
-    make qa                                              # LoRA, patched, on the default model and data
+    make qa                                              # LoRA on the default model and data
     make qa METHOD=prefix                                # or METHOD=adapter
     python examples/question_answering.py --model roberta-base --data questions.jsonl
 
@@ -110,8 +110,7 @@ class Task:
         base_model = AutoModelForQuestionAnswering.from_pretrained(self.model_name, dtype=torch.float32)
         logging.set_verbosity(verbosity)
         model = get_peft_model(base_model, _methods.peft_config(options, TaskType.QUESTION_ANS, options.dropout))
-        if options.method == "lora":
-            peft_fast.patch(model)
+        peft_fast.patch(model)
         return model
 
     def batches(self, rows: list[dict]) -> list[dict[str, torch.Tensor]]:

@@ -221,9 +221,9 @@ def train(task: Task) -> dict[str, Result]:
     """Train the variants, taking turns; evaluate after each epoch; save, load and evaluate again."""
     options = task.options
     results = {name: Result() for name in _methods.VARIANTS[options.method]}
-    models = {name: task.build_model(patched=name == "patched") for name in results}
-    if "patched" in models:
-        print(str(peft_fast.report(models["patched"])).partition("\n")[0])
+    models = {name: task.build_model(patched=name != "stock") for name in results}
+    *_, patched = models.values()
+    print(str(peft_fast.report(patched)).partition("\n")[0])
     watches = {name: Watch(name) for name in results}
     trainers = {name: task.trainer(models[name], watches[name]) for name in results}
     for name, result in results.items():
@@ -273,7 +273,7 @@ def compare_losses(task: Task, results: dict[str, Result]) -> float | None:
     for name, result in results.items():
         watch = Watch(f"{name:7} without dropout")
         trainer = task.trainer(
-            task.build_model(patched=name == "patched", dropout=False), watch, max_steps=COMPARED_STEPS
+            task.build_model(patched=name != "stock", dropout=False), watch, max_steps=COMPARED_STEPS
         )
         trainer.train()
         result.losses_without_dropout = watch.losses

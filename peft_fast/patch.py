@@ -16,7 +16,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peft_fast import support
-from peft_fast.methods import prefix_patch
+from peft_fast.methods import BottleneckLayer, PrefixLayer, prefix_patch
+from peft_fast.methods.prefix_input import InputLayer
 from peft_fast.ops.dropout import apply_dropout
 from peft_fast.ops.lora_linear import apply_lora_linear
 
@@ -57,6 +58,12 @@ class _Patch:
 _ALL = (_Patch(lora.Linear, Linear, "lora_linear", support.fusable_lora),)
 _PATCHES = {patch.stock: patch for patch in _ALL}
 _PATCHED = {patch.patched: patch for patch in _ALL}
+# The layers of this package's own methods run fused from the start.
+_OWN: dict[type, str] = {
+    BottleneckLayer: "bottleneck_adapter",
+    PrefixLayer: "prefix_attention",
+    InputLayer: "prefix_attention",
+}
 _is_prefix = prefix_patch.is_prefix_model
 _SWAPPED: dict[type, type] = {nn.Dropout: Dropout} | {patch.stock: patch.patched for patch in _ALL}
 _STOCK = {patched: stock for stock, patched in _SWAPPED.items()}
@@ -106,20 +113,22 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
     switching of adapters stay as they were. A call that cannot be fused runs stock peft. On the CPU the `nn.Dropout`
     modules of the base model draw their masks faster; those masks are other ones than stock's.
 
+    The layers of `BottleneckConfig` and `PrefixConfig` run fused without it; of their models only the dropouts change.
+
     With peft's prefix tuning the forward of the whole model is fused where peft is right; where it is not, stock stays
     and the report says so. `generate` stays stock. While patched, the base model's config names an attention
     implementation of this package, which computes as before where there is no prefix.
 
     Args:
-        model: any module that holds peft LoRA layers or is a model with peft's prefix tuning, such as what
-            `get_peft_model` returns.
+        model: any module that holds peft LoRA layers or layers of this package's methods, or is a model with peft's
+            prefix tuning, such as what `get_peft_model` returns.
         strict: raise where a layer would stay stock, whatever the call.
 
     Raises ValueError where the model has no layer that can be patched, or, with `strict`, where one stays stock;
     the model is then left as it was.
     """
     layers = list(_adapted(model))
-    if not any(type(module) in _PATCHES or type(module) in _PATCHED or _is_prefix(module) for _, module in layers):
+    if not any(type(module) in (*_PATCHES, *_PATCHED, *_OWN) or _is_prefix(module) for _, module in layers):
         found = ", ".join(sorted({_class_path(module) for _, module in layers})) or "none, call get_peft_model first"
         raise ValueError(
             f"model: {type(model).__name__} has no LoRA layer or prefix to patch; adapter layers found: {found}"
@@ -167,10 +176,12 @@ def report(model: nn.Module) -> PatchReport:
 
 
 def _dropouts(model: nn.Module) -> list[nn.Module]:
-    """The dropout modules of the base model: those of a LoRA layer are part of its op."""
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    inside = {part for layer in layers for part in layer.modules()}
-    return [module for module in model.modules() if type(module) is nn.Dropout and module not in inside]
+    """The dropout modules of the base model: those of an adapter layer are part of its op."""
+    own: set[nn.Module] = set()
+    for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
+        base = getattr(layer, "base_layer", None)
+        own |= set(layer.modules()) - set(() if base is None else base.modules())
+    return [module for module in model.modules() if type(module) is nn.Dropout and module not in own]
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -185,6 +196,8 @@ def is_patched(module: nn.Module) -> bool:
 
 
 def _since_patching(module: Any) -> str:
+    if type(module) in _OWN:
+        return ""
     if not is_patched(module):
         return "not patched: call peft_fast.patch"
     reason = module.__dict__.get(_STOCK_CALL, "")
@@ -194,6 +207,8 @@ def _since_patching(module: Any) -> str:
 def _op(module: nn.Module) -> str:
     if _is_prefix(module):
         return "prefix_attention"
+    if type(module) in _OWN:
+        return _OWN[type(module)]
     patch = _PATCHED.get(type(module)) or _PATCHES.get(type(module))
     return patch.op if patch else "-"
 
@@ -206,6 +221,8 @@ def _why_stock(module: nn.Module) -> str:
     """Why an adapter layer runs stock even when patched; empty where it runs fused."""
     if _is_prefix(module):
         return prefix_patch.why_stock(module)
+    if type(module) in _OWN:
+        return ""
     patch = _PATCHED.get(type(module)) or _PATCHES.get(type(module))
     if patch is None:
         return f"no fused op for {_class_path(module)}"

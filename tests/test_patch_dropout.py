@@ -5,17 +5,20 @@ import pickle
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification
 
 import peft_fast
 from models import batch, lora_layers, lora_model, patched_copy
-from peft_fast import eager, reference, support
+from peft_fast import BottleneckConfig, PrefixConfig, eager, reference, support
 from peft_fast.ops.dropout import apply_dropout
 from peft_fast.testing import assert_within_budget, saved_bytes
 
 SHAPE = (4, 96, 128)  # just large enough to gain
+SIZES = {"vocab_size": 50, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+METHODS = ["bottleneck adapters", "prefixes", "prefixes at the input"]
 DRAWS_ONE_BY_ONE = support._draws_one_by_one
 
 
@@ -31,8 +34,7 @@ def dropout_modules(model):
 
 def bert_with_dropout(**config):
     torch.manual_seed(0)
-    sizes = {"vocab_size": 50, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return lora_model(base=BertForSequenceClassification(BertConfig(**sizes, **config)), lora_dropout=0.1)
+    return lora_model(base=BertForSequenceClassification(BertConfig(**SIZES, **config)), lora_dropout=0.1)
 
 
 @pytest.fixture
@@ -182,6 +184,23 @@ class TestPatch:
         report = peft_fast.patch(model)
         assert report.dropouts == 0
         assert "dropout" not in str(report).splitlines()[0]
+
+    @pytest.mark.parametrize(
+        "config", [BottleneckConfig(style="houlsby"), PrefixConfig(), PrefixConfig(layers="input")], ids=METHODS
+    )
+    def test_models_of_this_packages_own_methods(self, config):
+        base = BertForSequenceClassification(BertConfig(**SIZES))
+        count = sum(type(module) is nn.Dropout for module in base.modules())
+        model = get_peft_model(base, config).train()
+        with pytest.raises(ValueError, match="no LoRA layer"):
+            peft_fast.patch(nn.Linear(2, 2))
+        assert {row.state for row in peft_fast.report(model).rows} == {"fused"}
+        report = peft_fast.patch(model, strict=True)
+        assert (report.dropouts, {row.state for row in report.rows}) == (count, {"fused"})
+        ids = torch.randint(2, 50, (16, 64))
+        model(input_ids=ids, labels=torch.arange(16) % 2).loss.backward()
+        peft_fast.unpatch(model)
+        assert sum(type(module) is nn.Dropout for module in model.modules()) == count
 
     def test_subclasses_and_a_forward_of_its_own_stay(self):
         class Louder(nn.Dropout):
