@@ -176,6 +176,13 @@ class TestPatch:
         for copied in copies:
             assert peft_fast.report(copied) == report
 
+    def test_a_merged_model_can_be_unpatched(self):
+        stock = bert_with_dropout()
+        merged = patched_copy(stock).merge_and_unload()
+        peft_fast.unpatch(merged)
+        assert not [module for module in merged.modules() if type(module).__module__.startswith("peft_fast")]
+        assert torch.equal(merged.eval()(**batch()).logits, stock.merge_and_unload().eval()(**batch()).logits)
+
     def test_without_dropout_none_is_reported(self):
         model = bert_with_dropout(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
         model.base_model.classifier.p = 0.0
