@@ -4,7 +4,7 @@
     python -m benchmarks.bench_finetune --check       # the same, and exit 1 where a bar is not met
     pytest benchmarks/bench_finetune.py               # the encoder's LoRA steps, under pytest-benchmark
 
-The floor is the frozen model, forward and backward with a gradient to its embeddings: what every method pays. "full" is
+The floor is the frozen model as it is, forward and backward with a gradient to its embeddings. "full" is
 full fine-tuning. The variants of one row take turns, round by round; medians. `make bench-assets` fetches the models.
 """
 
@@ -97,6 +97,7 @@ def variants_of(model: str, method: str, compiled: bool) -> dict[str, nn.Module]
         variants |= {"stock": tuned, "patched": copy.deepcopy(tuned)}
         peft_fast.patch(variants["patched"])
     else:
+        peft_fast.patch(tuned)
         variants["ours"] = tuned
     if compiled:
         torch._dynamo.reset()

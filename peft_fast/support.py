@@ -275,10 +275,10 @@ def fusable_dropout(module: nn.Dropout, x: Tensor) -> int:
         module.training
         and 0 < module.p < 1
         and not module.inplace
-        and x.numel() >= MIN_CPU_DROPOUT_ELEMENTS
+        and runs_plainly(x)  # before the size, which would be a guard of compiled code
         and x.is_cpu
+        and x.numel() >= MIN_CPU_DROPOUT_ELEMENTS
         and x.dtype in FLOATING
-        and runs_plainly(x)
         and torch._C._get_tracing_state() is None
         and _draws_one_by_one()
     )

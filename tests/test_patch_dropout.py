@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -141,6 +142,14 @@ def test_stock_runs_where_calls_are_watched_or_transformed(module):
     assert (torch.func.grad(lambda x: module(x).sum())(x) == 0).any()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     assert 0.05 < (compiled(x) == 0).double().mean() < 0.15
+
+
+def test_one_graph_serves_small_and_large_inputs(module):
+    counter = CompileCounter()
+    compiled = torch.compile(module, backend=counter, fullgraph=True, dynamic=True)
+    for rows in (3, 400):
+        compiled(torch.randn(rows, 128))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
