@@ -98,7 +98,7 @@ def test_several_dropout_blocks():
 )
 def test_rows_in_a_batch_for_each_thread(monkeypatch, M, R, dropout_p, dtype):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    # Large enough for `_narrow_mm` and `_tall_mm` to take their batched forms, and 257 rows that fill no batches.
+    # Large enough for `narrow_mm` and `tall_mm` to take their batched forms, and 257 rows that fill no batches.
     assert_op_within_budget(lora_linear_inputs(M, 320, 288, R, dtype=dtype), "eager", dropout_p)
 
 

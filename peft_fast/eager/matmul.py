@@ -26,35 +26,45 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def narrow_mm(x: Tensor, factor: Tensor, scale: Any, traced: str) -> Tensor:
     """scale · x F; x (M, K), F (K, R).
 
-    A number is the matmul's alpha, since multiplying by one costs as much as two small matmuls. For R below 16 one
-    product Fᵀ xᵀ for each thread takes half to two thirds of the time.
+    A number is the matmul's alpha, since multiplying by one costs as much as two small matmuls. Batches of rows take
+    two thirds of the time of one product where R is below 16, as Fᵀ xᵀ, and nine tenths above.
     """
     (M, K), R = x.shape, factor.shape[1]
     narrow = R in NARROW and (traced or M * K >= BATCHED_ELEMENTS)  # a graph must not depend on M
     if traced:
         return (torch.mm(factor.t(), x.t()).t() if narrow else torch.mm(x, factor)) * scale
     ignored = x.new_empty(1)
-    if not narrow:
+    if M * K < BATCHED_ELEMENTS or not (batches := _batches(x, 8)):
+        if narrow:
+            return torch.addmm(ignored, factor.t(), x.t(), beta=0, alpha=scale).t()
         return torch.addmm(ignored, x, factor, beta=0, alpha=scale)
-    if batches := _batches(x):
-        x_t, factor_t = x.view(batches, -1, K).transpose(1, 2), factor.t().expand(batches, R, K)
-        out = torch.baddbmm(ignored, factor_t, x_t, beta=0, alpha=scale)
-        return out.transpose(1, 2).reshape(M, R)
-    return torch.addmm(ignored, factor.t(), x.t(), beta=0, alpha=scale).t()
+    x = x.view(batches, -1, K)
+    if not narrow:
+        return torch.baddbmm(ignored, x, factor.expand(batches, K, R), beta=0, alpha=scale).view(M, R)
+    out = torch.baddbmm(ignored, factor.t().expand(batches, R, K), x.transpose(1, 2), beta=0, alpha=scale)
+    return out.transpose(1, 2).reshape(M, R)
 
 
 def tall_mm(s: Tensor, x: Tensor, traced: str) -> Tensor:
-    """sᵀ x; s (M, R), x (M, K). One product for each thread, added, takes a tenth to a third less time."""
+    """sᵀ x; s (M, R), x (M, K). Products of batches of rows, added, take a tenth to a third less time."""
     (M, K), R = x.shape, s.shape[1]
-    if traced or M * K < BATCHED_ELEMENTS or not (batches := _batches(x)):
+    if traced or M * K < BATCHED_ELEMENTS or not (batches := _batches(x, 4)):
         return torch.mm(s.t(), x)
     return torch.bmm(s.view(batches, -1, R).transpose(1, 2), x.view(batches, -1, K)).sum(0)
 
 
-def _batches(x: Tensor) -> int:
-    """One batch of rows for each of the CPU's threads, 0 where they would be unequal or few."""
+def _batches(x: Tensor, each: int) -> int:
+    """A power of two of equal batches of rows, at most `each` for each of the CPU's threads and at least one.
+
+    0 where there is none, or its batches would have fewer than 32 rows.
+    """
     rows, threads = x.shape[0], torch.get_num_threads()
-    return threads if x.is_cpu and rows % threads == 0 and rows >= 32 * threads else 0
+    batches = 1 << (each * threads).bit_length() - 1
+    while rows % batches or rows < 32 * batches:
+        batches //= 2
+        if batches < threads:
+            return 0
+    return batches if x.is_cpu else 0
 
 
 def add_mm(out: Tensor, a: Tensor, b: Tensor, traced: str) -> Tensor:
