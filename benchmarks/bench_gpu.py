@@ -5,7 +5,7 @@
 
 CUDA events around forward and backward, with a cold second-level cache; the variants of one row take turns; medians.
 Models have the shapes and random weights of their configurations, bf16, and fewer layers. Rows that the given time does
-not reach are listed as not measured.
+not reach are listed as not measured. "plans" is what tuning chose for each shape, "trials" the times that it goes by.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 import peft_fast
 from benchmarks import bench_bottleneck_adapter, bench_lora_linear, bench_prefix_attention
+from peft_fast import tuning, tuning_file
 from peft_fast.testing import lora_linear_inputs
 
 RESULTS = Path(__file__).parent / "results"
@@ -197,6 +198,13 @@ def measure(steps: Steps, device: str, rounds: int) -> dict[str, dict[str, Any]]
     }
 
 
+def tuned() -> dict[str, Any]:
+    """What this process runs for each shape of a LoRA layer, and the times of its trials."""
+    chosen = tuning.chosen()
+    times = tuning_file.results(tuning.device_and_versions(torch.device("cuda", 0))) if chosen else {}
+    return {"plans": chosen, "trials": {shape: times[shape] for shape in chosen if shape in times}}
+
+
 def describe(device: str) -> dict[str, Any]:
     packages = ("torch", "triton", "transformers", "peft")
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
@@ -232,7 +240,7 @@ def main() -> None:
         gc.collect()
         torch.cuda.empty_cache()
         # After each row, so that a run that is stopped leaves what it has.
-        path.write_text(json.dumps(about | {"rows": rows, "missing": missing}, indent=1) + "\n")
+        path.write_text(json.dumps(about | {"rows": rows, "missing": missing} | tuned(), indent=1) + "\n")
     print(f"{len(rows)} rows measured, {len(missing)} not, written to {path}")
 
 

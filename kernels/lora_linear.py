@@ -19,8 +19,8 @@ fp32's accuracy (`_tl.dot`); with factors of the activation's type dA and dB tak
 stock does. s Bᵀ and ds A end in y and dx, so both operands are rounded to the type of y and dx. Sums that several
 programs share are written as partial sums and added in a fixed order: no atomics.
 
-`plan` "fused": one Triton matmul with the low-rank term, serving y and dx. "split": the vendor's matmul, then a
-rank-R update in place.
+`plan` "fused": one Triton matmul with the low-rank term, serving y and dx; "fused 64x128": the same with a tile of that
+name (`low_rank.named_tiles`). "split": the vendor's matmul, then a rank-R update in place.
 """
 
 import torch
@@ -46,8 +46,9 @@ def lora_fwd(
     """(y, s). Drops where a 16-bit word is below `threshold`; `scaling` may be a tensor on x's device."""
     seed = seed if threshold else None
     s = shrink(x, lora_a.mT, scaling, threshold, seed)
+    plan, _, tile_name = plan.partition(" ")
     if plan == "fused":
-        return matmul(x, weight.mT, bias, s, lora_b.mT), s
+        return matmul(x, weight.mT, bias, s, lora_b.mT, tile_name=tile_name), s
     assert plan == "split", plan
     return update(F.linear(x, weight, bias), s, lora_b.mT), s
 
@@ -71,6 +72,7 @@ def lora_bwd(
     need_ds = need_dx or need_da
     seed = seed if threshold else None
     dx = da = db = dbias = ds = None
+    plan, _, tile_name = plan.partition(" ")
 
     if need_db or need_dbias:
         with_ds = need_ds and reads_dy_once(dy, lora_b)
@@ -82,7 +84,7 @@ def lora_bwd(
             x, ds, lora_a.mT, threshold=threshold, seed=seed, transposed=True, needs=(True, False, False)
         )
     if need_dx and plan == "fused":
-        dx = matmul(dy, weight, None, ds, lora_a, threshold, seed)
+        dx = matmul(dy, weight, None, ds, lora_a, threshold, seed, tile_name=tile_name)
     elif need_dx:
         assert plan == "split", plan
         dx = update(torch.mm(dy, weight), ds, lora_a, threshold, seed)

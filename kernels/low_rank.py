@@ -14,8 +14,22 @@ from torch import Tensor
 from ._launch import Tile, chip, launch, needs_int64, precision, rank_block, unit
 from ._tl import accumulator, cast, dot, dot_rounded, keep_mask, keep_scale, load_tile, swizzle, tile_ptrs
 
+# What `matmul` takes by name beside its own tile, for ranks of one block: with smaller tiles a result of few rows has
+# enough programs. Whether one is faster is for a measurement on the device to say.
+_NAMED_TILES = {"128x128": Tile(128, 128, 64, 64, 8, 3), "64x128": Tile(64, 128, 64, 64, 4, 3)}
 
-def _matmul_tile(x: Tensor, R: int) -> Tile:
+
+def named_tiles(x: Tensor, R: int) -> list[str]:
+    """The names of the tiles other than its own that `matmul` may be given for x (M, K) and rank R."""
+    kind = chip(x.device)
+    if R > 64 or kind == "gfx9" or (kind != "interpreter" and x.element_size() > 2):
+        return []
+    return [name for name, tile in _NAMED_TILES.items() if tile != _matmul_tile(x, R)]
+
+
+def _matmul_tile(x: Tensor, R: int, name: str = "") -> Tile:
+    if name:
+        return _NAMED_TILES[name]
     kind = chip(x.device)
     if kind != "interpreter" and x.element_size() > 2:
         return Tile(128, 128, 32, 32, 8, 3) if precision(x.dtype) == "tf32" else Tile(64, 64, 16, 16, 8, 3)
@@ -230,11 +244,16 @@ def matmul(
     factor: Tensor,
     threshold: int = 0,
     seed: Tensor | None = None,
+    *,
+    tile_name: str = "",
 ) -> Tensor:
-    """x G + bias + [mask / (1 - p)] ∘ (s F); x (M, K), G (K, N), s (M, R), F (R, N)."""
+    """x G + bias + [mask / (1 - p)] ∘ (s F); x (M, K), G (K, N), s (M, R), F (R, N).
+
+    The tile is the one that `tile_name`, one of `named_tiles`, stands for, and the launcher's own where it is empty.
+    """
     (M, K), (R, N) = x.shape, factor.shape
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    tile = _matmul_tile(x, R)
+    tile = _matmul_tile(x, R, tile_name)
     block_r = rank_block(R, tile)
     launch(
         _matmul_kernel,

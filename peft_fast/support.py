@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
+from peft_fast import tuning
 from peft_fast.reference import drop_threshold
 
 PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -21,7 +22,7 @@ FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("auto", "triton", "eager")
 
 # Below this many elements of the larger activation, several launches cost a GPU more than fusion saves it.
-# Conservative and not measured.
+# Conservative and not measured: it holds where no measurement of the call's shape does (`tuning`).
 MIN_GPU_ELEMENTS = 1 << 21
 
 # Below this many elements of x, seeding a generator twice costs the CPU more than its fast dropout saves, on the
@@ -83,7 +84,7 @@ def current_backend(owner: Any) -> str:
 def choose_plan(x: Tensor, backend: str) -> str:
     """The plan of a call on x: "eager" (torch calls) or "split" (Triton beside the vendor's matmul).
 
-    `split` is the default on GPUs until the `fused` plan is measured faster on the device and shape. Raises
+    For LoRA on a GPU a measurement of the shape may put another plan of the kernels in its place (`tuning`). Raises
     NotImplementedError where an explicit backend cannot serve.
     """
     if x.is_cpu and backend != "triton":
@@ -222,7 +223,7 @@ def fusable_lora(layer: lora.Linear, x: Tensor | None = None) -> LoraCall | str:
     if not isinstance(scaling, (float, int)):
         return f"the scaling is a {type(scaling).__name__}, not a number"
     matrix = weight.t() if type(base) is Conv1D else weight
-    if x is not None and (reason := _why_not_input(layer, x, matrix, factor_dtype, backend)):
+    if x is not None and (reason := _why_not_input(layer, x, matrix, a, dropout_p, backend)):
         return f"last call: {reason}"
     return matrix, a, b, bias, scaling, dropout_p
 
@@ -237,7 +238,7 @@ def _why_not_on_device(weight: Tensor, a: Tensor, b: Tensor, backend: str) -> st
 
 
 def _why_not_input(
-    layer: lora.Linear, x: Tensor, weight: Tensor, factor_dtype: torch.dtype, backend: str
+    layer: lora.Linear, x: Tensor, weight: Tensor, lora_a: Tensor, dropout_p: float, backend: str
 ) -> str | None:
     if type(x) not in PLAIN_TENSORS and not torch.compiler.is_compiling():
         return f"the input is {type(x).__name__}, not a plain Tensor"
@@ -247,10 +248,11 @@ def _why_not_input(
         return "the input was made in inference mode and cannot be saved"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit is tracing"
-    dtype, shape = x.dtype, x.shape
+    dtype, factor_dtype, shape = x.dtype, lora_a.dtype, x.shape
     if dtype not in FLOATING or not shape or weight.dim() != 2 or shape[-1] != weight.shape[1]:
         return "the input does not fit the layer"
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
+    if autocast:
         if torch.float64 in (dtype, weight.dtype, factor_dtype):
             return "float64 under autocast"
     elif weight.dtype is not dtype:
@@ -264,7 +266,15 @@ def _why_not_input(
         return None
     if x.device != weight.device:
         return f"the input is on {x.device}, the layer on {weight.device}"
-    if backend == "auto" and shape[:-1].numel() * max(weight.shape) < MIN_GPU_ELEMENTS:
+    if backend != "auto":
+        return None
+    # Stock's calls are measured as they are, one by one: compiled, or with autocast's casts between them, they take
+    # another time.
+    if not autocast and runs_plainly(x):
+        stock = tuning.choose(x, weight, lora_a, dropout_p > 0, measure=True).stock
+        if stock is not None:
+            return "stock is faster at this shape on this device" if stock else None
+    if shape[:-1].numel() * max(weight.shape) < MIN_GPU_ELEMENTS:
         return "too small to gain on this device"
     return None
 

@@ -9,6 +9,8 @@ if not torch.cuda.is_available():
     # Triton reads it when the kernels are defined: before any test imports them.
     os.environ["TRITON_INTERPRET"] = "1"
 
+# On a GPU each shape of a test would be measured, and the user's file of times read and written.
+os.environ["PEFT_FAST_TUNE"] = "0"
 
 # torch keeps the set of functions that `with torch.device(...)` acts on from its first use. It must not be made while
 # `poisoned_empty` stands in for some of them: they would act on the CPU in all later tests.

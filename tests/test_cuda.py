@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from peft_fast import reference
+from peft_fast import reference, tuning, tuning_file
 from peft_fast.ops import lora_linear
+from peft_fast.ops.lora_linear import lora_linear_by
 from peft_fast.testing import lora_linear_inputs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -66,6 +67,69 @@ def test_graph_capture():
     inputs.x.data.normal_()
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(captured, step(inputs), strict=True))
+
+
+@pytest.fixture
+def tuned(monkeypatch, tmp_path):
+    """A process that has measured nothing yet, with an empty cache folder."""
+    monkeypatch.setenv("PEFT_FAST_CACHE", str(tmp_path))
+    monkeypatch.delenv("PEFT_FAST_TUNE")
+    monkeypatch.setattr(tuning, "_choices", {})
+
+
+def test_tuning_leaves_no_trace_and_keeps_what_it_found(monkeypatch, tuned):
+    inputs = cuda_inputs(factor_dtype=torch.float32)
+    before = [tensor.detach().clone() for tensor in (inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b)]
+
+    def run():
+        torch.manual_seed(7)
+        y = lora_linear(inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b, dropout_p=0.1)
+        grads = torch.autograd.grad(y, (inputs.x, inputs.lora_a, inputs.lora_b), inputs.dy)
+        return [y, *grads, torch.cuda.get_rng_state()]
+
+    first, second = run(), run()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    tensors = (inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+    (times,) = tuning_file.results(tuning.device_and_versions(inputs.x.device)).values()
+    assert times.keys() >= {"eager", "split", "fused", "fused 64x128"}
+    assert all(0 < milliseconds < 1e3 for milliseconds in times.values())
+    (plan,) = tuning.chosen().values()
+    assert plan == ("stock" if tuning._fastest(times).stock else tuning._fastest(times).plan)
+
+    def measured(shape):
+        raise AssertionError("measured twice")
+
+    monkeypatch.setattr(tuning, "_choices", {})  # as a new process
+    monkeypatch.setattr(tuning, "_measured", measured)
+    assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+
+
+@pytest.mark.parametrize("plan", ["split", "fused", "fused 128x128", "fused 64x128"])
+def test_every_plan_gives_the_same_result(plan):
+    inputs = cuda_inputs()
+    shape = tuning.Shape(inputs.x.device, 256, 256, 512, 8, torch.bfloat16, torch.bfloat16, False, False)
+    if plan not in tuning._plans(shape):
+        pytest.skip("the chip's own tile")
+    y = lora_linear_by(plan, inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b, inputs.bias, 2.0, 0.0)
+    grads = torch.autograd.grad(y, (inputs.x, inputs.lora_a, inputs.lora_b), inputs.dy)
+    truth = reference.lora_linear(inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b, bias=inputs.bias, scaling=2.0)
+    expected = torch.autograd.grad(truth, (inputs.x, inputs.lora_a, inputs.lora_b), inputs.dy)
+    for value, true_value in zip([y, *grads], [truth, *expected], strict=True):
+        assert torch.allclose(value, true_value, rtol=3e-2, atol=3e-2 * true_value.abs().max().item())
+
+
+def test_nothing_is_measured_in_a_capture(monkeypatch, tuned):
+    inputs = cuda_inputs()
+    step(inputs)  # loads what a capture must not load
+    monkeypatch.setattr(tuning, "_choices", {})
+    monkeypatch.setattr(tuning_file, "results", lambda about: {})
+    trials = []
+    monkeypatch.setattr(tuning, "_trial", lambda shape, stream: trials.append(shape) or {})
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        step(inputs)
+    assert trials == []
 
 
 def test_more_than_2_31_elements():

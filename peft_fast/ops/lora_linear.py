@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from peft_fast import eager, reference, support
+from peft_fast import eager, reference, support, tuning
 from peft_fast.ops import _shared
 from peft_fast.ops._shared import LIBRARY, as_tensor, resolve
 
@@ -76,6 +76,15 @@ LIBRARY.define(
     "int threshold, Tensor? seed, bool[] needs, str plan) -> Tensor[]"
 )
 LIBRARY.define("dropout_mask(Tensor seed, SymInt[] shape, int threshold, str plan) -> Tensor")
+
+
+def _choose_plan(
+    x: Tensor, weight: Tensor, lora_a: Tensor, threshold: int, backend: str, *, measure: bool = False
+) -> str:
+    plan = support.choose_plan(x, backend)
+    if plan == "split" and tuning.serves(x):
+        return tuning.choose(x, weight, lora_a, threshold > 0, measure=measure).plan
+    return plan
 
 
 def _launch_fwd(
@@ -250,13 +259,13 @@ def _differentiable(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, p
 
 @torch.library.impl(LIBRARY, "lora_linear", "Autograd")
 def _lora_linear_autograd(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, backend):
-    plan = support.choose_plan(x, backend)
+    plan = _choose_plan(x, weight, lora_a, threshold, backend)
     return _LoraLinear.apply(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan, True)
 
 
 @torch.library.impl(LIBRARY, "lora_linear", "CompositeExplicitAutograd")
 def _lora_linear_inference(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, backend):
-    plan = support.choose_plan(x, backend)
+    plan = _choose_plan(x, weight, lora_a, threshold, backend)
     y, _ = _launch_fwd(_shared.rows(x), weight, lora_a, lora_b, bias, scaling, threshold, seed, plan)
     return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
 
@@ -323,7 +332,7 @@ def apply_lora_linear(
     if threshold and seed is None:
         seed = eager.draw_seed(x.device)
     if support.runs_plainly(x):
-        plan = support.choose_plan(x, backend)
+        plan = _choose_plan(x, weight, lora_a, threshold, backend, measure=True)
         return _LoraLinear.apply(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan, False)
     if not torch.compiler.is_compiling() and support.in_transform():
         plan = support.choose_plan(x, backend)
@@ -331,3 +340,19 @@ def apply_lora_linear(
     return torch.ops.peft_fast.lora_linear(
         x, weight, lora_a, lora_b, bias, as_tensor(scaling, x), threshold, seed, backend
     )
+
+
+def lora_linear_by(
+    plan: str,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+) -> Tensor:
+    """`apply_lora_linear` by a plan of the kernels that is given: what is timed to choose one."""
+    threshold = reference.drop_threshold(dropout_p) if dropout_p else 0
+    seed = eager.draw_seed(x.device) if threshold else None
+    return _LoraLinear.apply(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan, False)
