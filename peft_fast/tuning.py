@@ -89,9 +89,12 @@ def choose(x: Tensor, weight: Tensor, lora_a: Tensor, dropout: bool, *, measure:
 
     `measure` says whether the calls of now are run as they are written, not traced or transformed.
     """
-    M, (N, K), R, dtype = x.shape[:-1].numel(), weight.shape, lora_a.shape[0], x.dtype
-    # Symbols, where shapes are dynamic.
-    if type(M) is not int or type(N) is not int or type(K) is not int or type(R) is not int or M < LEAST_ROWS:
+    size, (N, K), R, dtype = x.numel(), weight.shape, lora_a.shape[0], x.dtype
+    # Where shapes are dynamic they are symbols, which must not be compared: that would be a guard of the graph.
+    if type(size) is not int or type(N) is not int or type(K) is not int or type(R) is not int:
+        return _default()
+    M = size // max(K, 1)
+    if M < LEAST_ROWS:
         return _default()
     bucket = 1 << (min(M, max(LEAST_ROWS, MOST_ELEMENTS // max(N, K, 1))).bit_length() - 1)
     tf32 = dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -319,13 +320,20 @@ class TestWhereNothingIsMeasured:
         assert all(choice.plan == ("fused" if known else "split") for choice in asked)
         assert bool(asked) == (mode != "vmap")  # which runs the reference
 
-    def test_dynamic_shapes(self):
+    @pytest.mark.parametrize("rows_alone", [True, False], ids=["rows", "all"])
+    def test_dynamic_shapes(self, rows_alone):
         args = [torch.zeros(*size) for size in ((16, 8), (8, 8), (2, 8), (8, 2))]
+        choose(16, 8, 8, 2, dtype=torch.float32)  # which a symbol must not be held against: it would be a guard
         torch._dynamo.reset()
-        step = torch.compile(lora_linear, backend="aot_eager", fullgraph=True, dynamic=True)
+        counter = CompileCounterWithBackend("aot_eager")
+        step = torch.compile(lora_linear, backend=counter, fullgraph=True, dynamic=None if rows_alone else True)
+        if rows_alone:
+            torch._dynamo.mark_dynamic(args[0], 0)
         with peft_fast.backend("triton"):
-            step(*args)
-        assert self.timer.trials == []
+            for M in (16, 5, 40):
+                step(args[0].new_zeros(M, 8) if M != 16 else args[0], *args[1:])
+        assert counter.frame_count <= (1 if rows_alone else 2)  # as where nothing is looked up
+        assert len(self.timer.trials) == 1
 
     def test_backward(self):
         found = []
