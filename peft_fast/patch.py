@@ -21,21 +21,20 @@ from peft_fast.methods.prefix_input import InputLayer
 from peft_fast.ops.dropout import apply_dropout
 from peft_fast.ops.lora_linear import apply_lora_linear
 
-# The attribute of a patched layer that says why its last call ran stock; `unpatch` removes it.
-_STOCK_CALL = prefix_patch.STOCK_CALL
-
 
 class Linear(lora.Linear):
     """peft's LoRA layer with a fused forward. Its name is peft's, so that a patched model prints as it did."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not isinstance(self, Linear):  # a wrapper kept this method, and the layer was unpatched since
+            return lora.Linear.forward(self, x, *args, **kwargs)
         call = "last call: it had more arguments" if args or kwargs else support.fusable_lora(self, x)
         if isinstance(call, str):
             if not torch.compiler.is_compiling():
-                self.__dict__[_STOCK_CALL] = call
+                self.__dict__[support.STOCK_CALL] = call
             return super().forward(x, *args, **kwargs)
         if not torch.compiler.is_compiling():
-            self.__dict__.pop(_STOCK_CALL, None)
+            self.__dict__.pop(support.STOCK_CALL, None)
         return apply_lora_linear(x, *call)
 
 
@@ -43,8 +42,8 @@ class Dropout(nn.Dropout):
     """torch's dropout with a mask from fewer random words, on the CPU."""
 
     def forward(self, input: Tensor) -> Tensor:
-        threshold = support.fusable_dropout(self, input)
-        return apply_dropout(input, threshold) if threshold else super().forward(input)
+        threshold = support.fusable_dropout(self, input) if isinstance(self, Dropout) else 0
+        return apply_dropout(input, threshold) if threshold else nn.Dropout.forward(self, input)
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ def unpatch(model: nn.Module) -> None:
             prefix_patch.swap_back(module)
         elif type(module) in _STOCK:
             module.__class__ = _STOCK[type(module)]
-            module.__dict__.pop(_STOCK_CALL, None)
+            module.__dict__.pop(support.STOCK_CALL, None)
 
 
 def report(model: nn.Module) -> PatchReport:
@@ -170,8 +169,8 @@ def report(model: nn.Module) -> PatchReport:
         reason = _why_stock(module) or _since_patching(module)
         note = prefix_patch.CHECKPOINTED if _is_prefix(module) and prefix_patch.is_checkpointed(module) else ""
         rows.append(PatchRow(name, _op(module), "stock" if reason else "fused", reason or note))
-    on_cpu = any(parameter.is_cpu for parameter in model.parameters())
-    dropouts = sum(type(module) is Dropout and module.p > 0 for module in model.modules()) if on_cpu else 0
+    gains = support.draws_one_by_one() and any(parameter.is_cpu for parameter in model.parameters())
+    dropouts = sum(type(module) is Dropout and module.p > 0 for module in model.modules()) if gains else 0
     return PatchReport(tuple(rows), dropouts)
 
 
@@ -200,7 +199,7 @@ def _since_patching(module: Any) -> str:
         return ""
     if not is_patched(module):
         return "not patched: call peft_fast.patch"
-    reason = module.__dict__.get(_STOCK_CALL, "")
+    reason = module.__dict__.get(support.STOCK_CALL, "")
     return reason if reason.startswith("last call") else ""  # another reason holds no longer
 
 

@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
 from peft_fast import tuning
+from peft_fast.eager.dropout import BYTES_FROM
 from peft_fast.reference import drop_threshold
 
 PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -25,9 +26,11 @@ BACKENDS = ("auto", "triton", "eager")
 # Conservative and not measured: it holds where no measurement of the call's shape does (`tuning`).
 MIN_GPU_ELEMENTS = 1 << 21
 
-# Below this many elements of x, seeding a generator twice costs the CPU more than its fast dropout saves, on the
-# low-rank path as in a dropout module.
+# Below this many elements of x, seeding a generator twice costs the CPU more than its fast dropout saves.
 MIN_CPU_DROPOUT_ELEMENTS = 1 << 15
+
+# The same for a dropout module, which has no matmul beside it; twice as many where masks are made from bytes.
+MIN_CPU_MODULE_ELEMENTS = 1 << 16
 
 # Below this many elements of x the usual torch calls are as fast as the bottleneck adapter's own function.
 MIN_CPU_ADAPTER_ELEMENTS = 1 << 17
@@ -38,6 +41,10 @@ MIN_CPU_ATTENTION_LOGITS = 1 << 20
 # The widest heads that the kernels serve, by bytes of an element: wider ones do not fit registers, and fp32 heads of
 # 256 with a cap, or in TF32, not the shared memory of compute capability 8.6, 8.9 and 12.x either.
 MAX_KERNEL_HEAD_SIZE = {2: 256, 4: 128, 8: 128}
+
+# The attribute of a patched layer that says why its last call ran stock; `unpatch` removes it.
+STOCK_CALL = "_peft_fast_stock_call"
+_GLOBAL_HOOKS = "global module hooks are registered"
 
 _backend = "auto"
 
@@ -197,8 +204,8 @@ def fusable_lora(layer: lora.Linear, x: Tensor | None = None) -> LoraCall | str:
             return f"{type(module).__name__} inside the layer has hooks"
         if "forward" in module.__dict__:
             return f"forward is set on the instance of {type(module).__name__} inside the layer"
-    if _has_global_hooks():
-        return "global module hooks are registered"
+    if _has_global_hooks(layer):
+        return _GLOBAL_HOOKS
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     a, b = lora_a._parameters.get("weight"), lora_b._parameters.get("weight")
     if lora_b._parameters.get("bias") is not None:
@@ -280,34 +287,46 @@ def _why_not_input(
 
 
 def fusable_dropout(module: nn.Dropout, x: Tensor) -> int:
-    """How many of 2^16 values drop an element of x, where a call of a dropout module gains by `ops.dropout`; else 0."""
+    """How many of 2^16 values drop an element of x, where a call of a dropout module gains by `ops.dropout`; else 0.
+
+    The answer must not depend on who watches the call: where checkpointing repeats one, nobody may.
+    """
     fusable = (
         module.training
         and 0 < module.p < 1
         and not module.inplace
-        and runs_plainly(x)  # before the size, which would be a guard of compiled code
-        and x.is_cpu
-        and x.numel() >= MIN_CPU_DROPOUT_ELEMENTS
-        and x.dtype in FLOATING
+        and not torch.compiler.is_compiling()  # before the size, which would be a guard of compiled code
         and torch._C._get_tracing_state() is None
-        and _draws_one_by_one()
+        and type(x) in PLAIN_TENSORS
+        and x.is_cpu
+        and x.layout is torch.strided
+        and not x.is_nested
+        and not in_transform()
+        and x.dtype in FLOATING
+        and draws_one_by_one()
     )
-    return drop_threshold(module.p) if fusable else 0
+    if not fusable or x.numel() < MIN_CPU_MODULE_ELEMENTS:
+        return 0
+    threshold = drop_threshold(module.p)
+    return 0 if threshold >= BYTES_FROM and x.numel() < 2 * MIN_CPU_MODULE_ELEMENTS else threshold
 
 
 @functools.cache
-def _draws_one_by_one() -> bool:
+def draws_one_by_one() -> bool:
     """Whether this CPU's `F.dropout` takes a number from torch's generator for each element.
 
     On Intel's CPUs torch takes one seed for MKL instead, which draws in parallel.
     """
     few, many = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
-    torch.empty(1).bernoulli_(0.5, generator=few)
-    torch.empty(100).bernoulli_(0.5, generator=many)
+    torch.empty(1, device="cpu").bernoulli_(0.5, generator=few)
+    torch.empty(100, device="cpu").bernoulli_(0.5, generator=many)
     return not torch.equal(few.get_state(), many.get_state())
 
 
-def _has_global_hooks() -> bool:
+def _has_global_hooks(layer: nn.Module) -> bool:
+    """Whether global module hooks are there, or were at the forward that checkpointing repeats inside backward."""
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        return layer.__dict__.get(STOCK_CALL) == _GLOBAL_HOOKS
     return bool(
         _module._global_forward_hooks
         or _module._global_forward_pre_hooks

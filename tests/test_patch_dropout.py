@@ -2,13 +2,16 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import get_peft_model
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForSequenceClassification
 
 import peft_fast
@@ -17,15 +20,15 @@ from peft_fast import BottleneckConfig, PrefixConfig, eager, reference, support
 from peft_fast.ops.dropout import apply_dropout
 from peft_fast.testing import assert_within_budget, saved_bytes
 
-SHAPE = (4, 96, 128)  # just large enough to gain
+SHAPE = (4, 128, 128)  # just large enough to gain
 SIZES = {"vocab_size": 50, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 METHODS = ["bottleneck adapters", "prefixes", "prefixes at the input"]
-DRAWS_ONE_BY_ONE = support._draws_one_by_one
+DRAWS_ONE_BY_ONE = support.draws_one_by_one
 
 
 @pytest.fixture(autouse=True)
 def _as_on_a_cpu_where_it_gains(monkeypatch):
-    monkeypatch.setattr(support, "_draws_one_by_one", lambda: True)
+    monkeypatch.setattr(support, "draws_one_by_one", lambda: True)
 
 
 def dropout_modules(model):
@@ -44,17 +47,36 @@ def module():
     return dropout_modules(model)[0].train()
 
 
+# As `.view` of a projection is split into heads, an image's features, a row for all, every other feature.
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "heads": lambda x: x.unflatten(2, (4, 32)).transpose(1, 2),
+    "channels last": lambda x: x.unflatten(2, (8, 16)).to(memory_format=torch.channels_last),
+    "expanded": lambda x: x[:1].expand(6, -1, -1),
+    "sliced": lambda x: x[:, :, ::2],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("p", [0.1, 0.4], ids=["points", "bytes"])
 @pytest.mark.parametrize("dtype", support.FLOATING, ids=str)
-def test_values_and_gradient(p, dtype):
-    x = torch.randn(SHAPE, dtype=dtype).transpose(0, 1).requires_grad_()
-    dy, seed, threshold = torch.randn(x.shape, dtype=dtype), torch.tensor([5]), reference.drop_threshold(p)
+def test_values_gradient_and_strides(p, dtype, layout):
+    x = LAYOUTS[layout](torch.randn(SHAPE, dtype=dtype)).detach().requires_grad_()
+    seed, threshold = torch.tensor([5]), reference.drop_threshold(p)
     y = apply_dropout(x, threshold, seed)
-    (dx,) = torch.autograd.grad(y, x, dy)
-    mask = eager.dropout_mask(seed, (x.numel() // SHAPE[2], SHAPE[2]), threshold).view(x.shape)
-    for actual, given in ((y, x), (dx, dy)):
-        wide = given.double() * mask * reference.keep_scale(threshold)
-        assert_within_budget(actual, wide, given * mask * reference.keep_scale(threshold), length=1)
+    assert y.stride() == F.dropout(x, p).stride()
+    mask = eager.dropout_mask(seed, (x.numel(), 1), threshold).as_strided(x.shape, y.stride())
+    for dy in (torch.randn(x.shape, dtype=dtype), torch.randn(x.mT.shape, dtype=dtype).mT):
+        (dx,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+        for actual, given in ((y, x), (dx, dy)):
+            wide = given.double() * mask * reference.keep_scale(threshold)
+            assert_within_budget(actual, wide, given * mask * reference.keep_scale(threshold), length=1)
+
+
+def test_long_rows_are_dropped_evenly():
+    K, threshold = 3 << 22, reference.drop_threshold(0.01)
+    dropped = apply_dropout(torch.ones(K), threshold, torch.tensor([1])).eq(0).view(-1, 3).double()
+    assert (dropped.mean(0) - 0.01).abs().max() < 5 * (0.01 * 0.99 / (K / 3)) ** 0.5
 
 
 def test_second_derivatives_and_batched_gradients():
@@ -63,7 +85,10 @@ def test_second_derivatives_and_batched_gradients():
     assert torch.autograd.gradgradcheck(lambda x: apply_dropout(x.square(), threshold, seed), x)
     y, dy = apply_dropout(x, threshold, seed), torch.randn(3, 8, 16, dtype=torch.float64)
     (batched,) = torch.autograd.grad(y, x, dy, is_grads_batched=True, retain_graph=True)
-    assert torch.equal(batched, torch.stack([torch.autograd.grad(y, x, row, retain_graph=True)[0] for row in dy]))
+    expected = torch.stack([torch.autograd.grad(y, x, row, retain_graph=True)[0] for row in dy])
+    assert torch.equal(batched, expected)
+    mapped = torch.func.vmap(lambda row: torch.autograd.grad(y, x, row, retain_graph=True)[0])(dy)
+    assert torch.equal(mapped, expected)
 
 
 def test_keeps_the_seed_alone(module):
@@ -86,6 +111,11 @@ def _small(x, module):
     return x[:1, :50]
 
 
+def _small_for_bytes(x, module):
+    module.p = 0.4
+    return x
+
+
 def _in_evaluation(x, module):
     module.eval()
     return x
@@ -106,7 +136,7 @@ def _nothing(x, module):
     return x
 
 
-@pytest.mark.parametrize("prepare", [_small, _in_evaluation, _in_place, _everything, _nothing])
+@pytest.mark.parametrize("prepare", [_small, _small_for_bytes, _in_evaluation, _in_place, _everything, _nothing])
 def test_stock_runs(prepare, module):
     x = prepare(torch.randn(SHAPE), module)
     stock = nn.Dropout(module.p, module.inplace).train(module.training)
@@ -125,7 +155,7 @@ def test_stock_runs_where_it_draws_in_parallel(taken, module, monkeypatch):
         patched.setattr(torch.Tensor, "bernoulli_", bernoulli_)
         one_by_one = DRAWS_ONE_BY_ONE.__wrapped__()
     assert one_by_one == (taken == 100)
-    monkeypatch.setattr(support, "_draws_one_by_one", lambda: one_by_one)
+    monkeypatch.setattr(support, "draws_one_by_one", lambda: one_by_one)
     assert (saved_bytes(lambda: module(torch.ones(SHAPE, requires_grad=True)), []) == 8) == one_by_one
 
 
@@ -137,11 +167,17 @@ def test_stock_runs_where_calls_are_watched_or_transformed(module):
     assert module(torch.empty(SHAPE, device="meta")).is_meta
     with FakeTensorMode() as mode:
         assert module(mode.from_tensor(x)).shape == x.shape
-    assert "bernoulli" in make_fx(module)(x).code
+    assert "peft_fast.dropout_mask" in make_fx(module)(x).code
     torch.func.vmap(module, randomness="different")(x)
     assert (torch.func.grad(lambda x: module(x).sum())(x) == 0).any()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     assert 0.05 < (compiled(x) == 0).double().mean() < 0.15
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_stock_runs_on_nested_tensors(module):
+    nested = torch.nested.nested_tensor([torch.randn(600, 128), torch.randn(200, 128)], requires_grad=True)
+    module(nested).to_padded_tensor(0).sum().backward()
 
 
 def test_one_graph_serves_small_and_large_inputs(module):
@@ -152,21 +188,49 @@ def test_one_graph_serves_small_and_large_inputs(module):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("watched", ["nothing", "forward", "backward"])
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-def test_checkpointing_draws_the_same_mask(use_reentrant, module):
-    x, dy = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE)
-    gradients = []
-    for checkpointed in (False, True):
-        torch.manual_seed(3)
+@pytest.mark.parametrize("kind", ["dropout", "LoRA layer"])
+def test_checkpointing_draws_the_same_mask(kind, use_reentrant, watched, module):
+    if kind == "LoRA layer":
+        module = lora_layers(patched_copy(lora_model(lora_dropout=0.5)))[0]
+        module.lora_B["default"].weight.data.mul_(100)
+    x = torch.randn(2048, next(module.parameters(), torch.empty(1, 128)).shape[1], requires_grad=True)
+
+    def step():
+        """The gradient is that of the very masks of this y."""
+        with FlopCounterMode(display=False) if watched == "forward" else nullcontext():
+            y = checkpoint(lambda x: module(x) * 1.0, x, use_reentrant=use_reentrant)
         x.grad = None
-        y = (
-            checkpoint(lambda x: module(x).square(), x, use_reentrant=use_reentrant)
-            if checkpointed
-            else module(x).square()
-        )
-        y.backward(dy)
-        gradients.append(x.grad)
-    assert torch.equal(*gradients)
+        with FlopCounterMode(display=False) if watched == "backward" else nullcontext():
+            y.backward(y.detach())
+        return y.detach(), x.grad
+
+    y, gradient = step()
+    if kind == "dropout":
+        assert torch.equal(gradient == 0, y == 0)
+    else:  # Σ y² = <x, dx> for what is linear in x and has no bias
+        module.base_layer.bias.data.zero_()
+        y, gradient = step()
+        assert (x * gradient).sum().item() == pytest.approx(y.square().sum().item(), rel=1e-4)
+
+
+def test_a_sparse_gradient_stays_sparse(module):
+    weight = torch.randn(600, 128, requires_grad=True)
+    F.embedding(torch.tensor([1, 2]), module(weight), sparse=True).sum().backward()
+    assert weight.grad.layout == torch.sparse_coo
+
+
+def test_a_default_device_changes_nothing(module, monkeypatch):
+    with torch.device("meta"):
+        expected = DRAWS_ONE_BY_ONE.__wrapped__()
+        assert module(torch.ones(SHAPE, device="cpu")).is_cpu
+    assert expected == DRAWS_ONE_BY_ONE.__wrapped__()
+    gradient = torch.ones(2, *SHAPE)
+    x = torch.ones(SHAPE, requires_grad=True)
+    y = module(x)
+    with torch.device("meta"):
+        assert torch.autograd.grad(y, x, gradient, is_grads_batched=True)[0].is_cpu
 
 
 class TestPatch:
@@ -230,6 +294,21 @@ class TestPatch:
         assert type(first) is Louder
         assert torch.equal(second(torch.zeros(SHAPE)), torch.ones(SHAPE))
 
+    def test_a_forward_that_somebody_kept_is_stocks_after_unpatching(self):
+        model = patched_copy(bert_with_dropout())
+        module, layer = dropout_modules(model)[0], lora_layers(model)[0]
+        kept = module.forward, layer.forward
+        peft_fast.unpatch(model)
+        x = torch.randn(1024, 64, requires_grad=True)
+        assert saved_bytes(lambda: kept[0](x), []) == 4 * x.numel()
+        model.eval()
+        assert torch.equal(kept[0](x), x)
+        assert torch.equal(kept[1](x), layer(x))
+
+    def test_none_is_reported_where_stock_draws_in_parallel(self, monkeypatch):
+        monkeypatch.setattr(support, "draws_one_by_one", lambda: False)
+        assert peft_fast.patch(bert_with_dropout()).dropouts == 0
+
     def test_hooks_fire(self, module):
         seen = []
         module.register_forward_hook(lambda *args: seen.append(1))
@@ -245,9 +324,3 @@ class TestPatch:
     def test_evaluation_is_stocks(self):
         stock = bert_with_dropout().eval()
         assert torch.allclose(patched_copy(stock)(**batch()).logits, stock(**batch()).logits, atol=1e-6)
-
-
-def test_under_a_transform_the_mask_is_an_op():
-    x, seed, threshold = torch.randn(SHAPE), torch.tensor([5]), reference.drop_threshold(0.1)
-    gradient = torch.func.grad(lambda x: apply_dropout(x, threshold, seed).sum())(x)
-    assert torch.equal(gradient, apply_dropout(torch.ones_like(x), threshold, seed))

@@ -84,18 +84,23 @@ def draw_seed(device: torch.device) -> Tensor:
 
 def dropout_mask(seed: Tensor, shape: Sequence[int], threshold: int) -> Tensor:
     """The mask that `seed` stands for: a boolean (M, K) tensor on seed's device, True where x is kept."""
-    mask = torch.ones(shape, dtype=torch.bool)
+    mask = torch.ones(shape, dtype=torch.bool, device="cpu")
     for rows, dropped in dropped_blocks(seed, shape, threshold):
         dropped.mask_(mask[rows])
     return mask.to(seed.device)
 
 
-def drop(x: Tensor, threshold: int, seed: Tensor) -> Tensor:
-    """drop(x) = mask ∘ x / (1 - p), contiguous and new; x (..., K) not empty, the mask that of all its rows."""
-    out = torch.mul(x.contiguous(), keep_scale(threshold))
-    rows = out.view(-1, x.shape[-1])
-    for block, dropped in dropped_blocks(seed, rows.shape, threshold):
-        dropped.mask_(rows[block])
+def drop(x: Tensor, threshold: int, seed: Tensor, strides: Sequence[int] | None = None) -> Tensor:
+    """drop(x) = mask ∘ x / (1 - p), new; x dense and not empty.
+
+    The mask is `dropout_mask(seed, (n, 1), threshold)` in the order in which the result lies in memory, which is x's as
+    far as x is dense, or that of `strides`.
+    """
+    out = torch.empty_like(x) if strides is None else torch.empty_strided(x.shape, strides, dtype=x.dtype)
+    torch.mul(x, keep_scale(threshold), out=out)
+    elements = out.as_strided((out.numel(), 1), (1, 1))
+    for block, dropped in dropped_blocks(seed, elements.shape, threshold):
+        dropped.mask_(elements[block])
     return out
 
 

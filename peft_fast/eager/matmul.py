@@ -27,14 +27,15 @@ def narrow_mm(x: Tensor, factor: Tensor, scale: Any, traced: str) -> Tensor:
     """scale · x F; x (M, K), F (K, R).
 
     A number is the matmul's alpha, since multiplying by one costs as much as two small matmuls. Batches of rows take
-    two thirds of the time of one product where R is below 16, as Fᵀ xᵀ, and nine tenths above.
+    two thirds of the time of one product where R is below 16, as Fᵀ xᵀ, and with many rows nine tenths up to 32.
     """
     (M, K), R = x.shape, factor.shape[1]
     narrow = R in NARROW and (traced or M * K >= BATCHED_ELEMENTS)  # a graph must not depend on M
     if traced:
         return (torch.mm(factor.t(), x.t()).t() if narrow else torch.mm(x, factor)) * scale
     ignored = x.new_empty(1)
-    if M * K < BATCHED_ELEMENTS or not (batches := _batches(x, 8)):
+    batches = _batches(x, 8, 32 if narrow else 128) if M * K >= BATCHED_ELEMENTS and R <= 32 else 0
+    if not batches:
         if narrow:
             return torch.addmm(ignored, factor.t(), x.t(), beta=0, alpha=scale).t()
         return torch.addmm(ignored, x, factor, beta=0, alpha=scale)
@@ -48,19 +49,18 @@ def narrow_mm(x: Tensor, factor: Tensor, scale: Any, traced: str) -> Tensor:
 def tall_mm(s: Tensor, x: Tensor, traced: str) -> Tensor:
     """sᵀ x; s (M, R), x (M, K). Products of batches of rows, added, take a tenth to a third less time."""
     (M, K), R = x.shape, s.shape[1]
-    if traced or M * K < BATCHED_ELEMENTS or not (batches := _batches(x, 4)):
+    if traced or M * K < BATCHED_ELEMENTS or not (batches := _batches(x, 4, 64)):
         return torch.mm(s.t(), x)
     return torch.bmm(s.view(batches, -1, R).transpose(1, 2), x.view(batches, -1, K)).sum(0)
 
 
-def _batches(x: Tensor, each: int) -> int:
-    """A power of two of equal batches of rows, at most `each` for each of the CPU's threads and at least one.
-
-    0 where there is none, or its batches would have fewer than 32 rows.
+def _batches(x: Tensor, each: int, least: int) -> int:
+    """A power of two of equal batches of at least `least` rows, at most `each` for each thread of the CPU and at least
+    one; 0 where there is none.
     """
     rows, threads = x.shape[0], torch.get_num_threads()
     batches = 1 << (each * threads).bit_length() - 1
-    while rows % batches or rows < 32 * batches:
+    while rows % batches or rows < least * batches:
         batches //= 2
         if batches < threads:
             return 0

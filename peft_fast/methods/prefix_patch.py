@@ -23,9 +23,8 @@ from transformers.cache_utils import DynamicLayer
 
 from peft_fast.methods.prefix_interface import CHILD, GIVEN, NAMES, configs, dispatches
 from peft_fast.methods.prefix_targets import side
+from peft_fast.support import STOCK_CALL
 
-# The attribute of a patched model that says why its last call ran stock; `unpatch` removes it.
-STOCK_CALL = "_peft_fast_stock_call"
 _NAMED = {name: implementation for implementation, name in NAMES.items()}
 _TO_CONFIG = "train a peft_fast.PrefixConfig instead, which is right there"
 CHECKPOINTED = "right under gradient checkpointing, where stock loses the prefix or crashes"

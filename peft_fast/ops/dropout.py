@@ -3,8 +3,11 @@
     y = mask ∘ x / (1 - p)     dx = mask ∘ dy / (1 - p)
 
 `F.dropout` on the CPU draws one Bernoulli variable after the other and keeps a float for each element until backward.
-Here the mask is made from a seed (`eager.drop`), and nothing but the seed is kept.
+Here the mask is made from a seed (`eager.drop`), and nothing but the seed is kept. Where calls are watched or stand for
+a batch the mask is an op of its own; it is the same one, since checkpointing may repeat a call in other company.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,26 +16,33 @@ from peft_fast import eager, reference, support
 
 
 class _Dropout(torch.autograd.Function):
-    """Saves the seed."""
+    """Saves the seed. The mask lies in memory as y does."""
 
     @staticmethod
-    def forward(ctx, x, threshold, seed):
+    def forward(ctx, x, threshold, seed, strides):
         ctx.save_for_backward(seed)
         ctx.threshold = threshold
-        return eager.drop(x, threshold, seed)
+        if support.runs_plainly(x) and x.layout is torch.strided:
+            y = eager.drop(x, threshold, seed, strides)
+            ctx.strides = y.stride()
+            return y
+        ctx.strides = torch.empty_like(x).stride() if strides is None else strides
+        return x * _mask(x.shape, ctx.strides, threshold, seed) * reference.keep_scale(threshold)
 
     @staticmethod
     def backward(ctx, dy):
         (seed,) = ctx.saved_tensors
-        return apply_dropout(dy, ctx.threshold, seed), None, None
+        if support.is_batched(dy) or support.in_transform():
+            mask = _mask(dy.shape, ctx.strides, ctx.threshold, seed)
+            return dy * mask * reference.keep_scale(ctx.threshold), None, None, None
+        return _Dropout.apply(dy, ctx.threshold, seed, ctx.strides), None, None, None
+
+
+def _mask(shape: torch.Size, strides: Sequence[int], threshold: int, seed: Tensor) -> Tensor:
+    elements = torch.ops.peft_fast.dropout_mask(seed, (shape.numel(), 1), threshold, "eager")
+    return elements.as_strided(shape, strides)
 
 
 def apply_dropout(x: Tensor, threshold: int, seed: Tensor | None = None) -> Tensor:
-    """drop(x) with p = threshold / 2^16, for an x (..., K) on the CPU that is not empty."""
-    if seed is None:
-        seed = eager.draw_seed(x.device)
-    if support.runs_plainly(x):
-        return _Dropout.apply(x, threshold, seed)
-    rows = (x.shape[:-1].numel(), x.shape[-1])
-    mask = torch.ops.peft_fast.dropout_mask(seed, rows, threshold, "eager").view(x.shape)
-    return x * mask * reference.keep_scale(threshold)
+    """drop(x) with p = threshold / 2^16, for a dense x on the CPU that is not empty."""
+    return _Dropout.apply(x, threshold, eager.draw_seed(x.device) if seed is None else seed, None)
