@@ -255,11 +255,43 @@ def prefix(
     }
 
 
+def _usual_adapter_op(
+    x: Tensor,
+    residual: Tensor,
+    parameters: list[Tensor | None],
+    scaling: Any,
+    activation: str,
+    dropout_p: float,
+    *others: Any,
+) -> Tensor:
+    down_weight, down_bias, up_weight, up_bias, *norms = parameters
+    assert not any(parameter is not None for parameter in norms)
+    assert down_weight is not None
+    assert up_weight is not None
+    biases = {"down_bias": down_bias, "up_bias": up_bias}
+    options = {"activation": activation, "scaling": scaling, "residual": residual, "dropout_p": dropout_p}
+    return usual_adapter(x, down_weight, up_weight, **biases, **options)
+
+
+def _copied_prefix_op(
+    tensors: tuple[Any, ...],
+    is_causal: bool,
+    scale: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    dropout_p: float,
+    *others: Any,
+) -> Tensor:
+    *inputs, attn_mask, gate = tensors
+    rest = {"attn_mask": attn_mask, "gate": gate, "sliding_window": sliding_window, "softcap": softcap}
+    return copied_prefix_attention(*inputs, is_causal=is_causal, scale=scale, dropout_p=dropout_p, **rest)
+
+
 @contextlib.contextmanager
 def stock_ops() -> Iterator[None]:
     """The usual calls in place of our ops in the methods that are ours."""
     with (
-        mock.patch("peft_fast.methods.bottleneck.bottleneck_adapter", usual_adapter),
-        mock.patch("peft_fast.methods.prefix_interface.prefix_attention", copied_prefix_attention),
+        mock.patch("peft_fast.methods.bottleneck.apply_bottleneck_adapter", _usual_adapter_op),
+        mock.patch("peft_fast.methods.prefix_interface.apply_prefix_attention", _copied_prefix_op),
     ):
         yield
