@@ -120,6 +120,10 @@ class _Call:
         self.T = key.shape[2]
         self.group = self.H // self.H_KV
         self.inputs = [_features_first(x) for x in (query, key, value, prefix_key, prefix_value)]
+        if attn_mask is not None and attn_mask.dtype == torch.bool and query.dtype == torch.float64:
+            # For sm_90 Triton 3.7 takes the width of a product's operands from the narrowest load behind them: beside
+            # fp64 it does not compile.
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
         self.mask = None if attn_mask is None else attn_mask.expand(self.Z, self.H, self.S, self.T)
         self.block_d = max(16, triton.next_power_of_2(self.DH))
         scale, softcap, window = options["scale"], options["softcap"], options["sliding_window"]

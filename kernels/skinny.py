@@ -28,7 +28,8 @@ def _skinny_tile(x: Tensor, factor: Tensor, *, with_ds: bool = False, with_stats
     """The tile of x that meets all of, or a block of, the rank in one step of a skinny pass."""
     kind = chip(x.device)
     if kind != "interpreter" and x.element_size() > 2:
-        return Tile(64, 64, 0, 32, 8, 3)
+        # Three stages of fp64 do not fit 100 KiB.
+        return Tile(64, 64, 0, 32, 8, 3 if x.element_size() == 4 else 1)
     num_stages = 2 if kind == "gfx9" else 3
     if factor.dtype == x.dtype:
         if with_ds:

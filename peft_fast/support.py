@@ -39,8 +39,9 @@ MIN_CPU_ADAPTER_ELEMENTS = 1 << 17
 # ours; a quarter of it with dropout, which torch's fused attention does not serve.
 MIN_CPU_ATTENTION_LOGITS = 1 << 20
 # The widest heads that the kernels serve, by bytes of an element: wider ones do not fit registers, and fp32 heads of
-# 256 with a cap, or in TF32, not the shared memory of compute capability 8.6, 8.9 and 12.x either.
-MAX_KERNEL_HEAD_SIZE = {2: 256, 4: 128, 8: 128}
+# 256 with a cap, or in TF32, not the shared memory of compute capability 8.6, 8.9 and 12.x either, nor does backward
+# with fp64 heads of 128.
+MAX_KERNEL_HEAD_SIZE = {2: 256, 4: 128, 8: 64}
 
 # The attribute of a patched layer that says why its last call ran stock; `unpatch` removes it.
 STOCK_CALL = "_peft_fast_stock_call"
