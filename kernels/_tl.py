@@ -87,11 +87,12 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def normalized(x):
-    """(x / 2^e, 2^e) with 2^e <= max|x| < 2^(e+1), for fp32 x; exact, and not finite where x is not.
+    """(x / 2^e, 2^e) with 2^e <= max|x| < 2^(e+1), at most e = 126, for fp32 x; exact, and not finite where x is not.
 
-    fp16 overflows at 65520 and thins out below 2^-14: a normalized tile has its full precision.
+    fp16 overflows at 65520 and thins out below 2^-14: a normalized tile has its full precision. Above 2^126 the inverse
+    would be no normal number.
     """
-    exponent = tl.max(tl.abs(x)).to(tl.uint32, bitcast=True) & 0x7F800000
+    exponent = tl.minimum(tl.max(tl.abs(x)).to(tl.uint32, bitcast=True) & 0x7F800000, 0x7E800000)
     inverse = 0x7F000000 - exponent
     return x * inverse.to(tl.float32, bitcast=True), exponent.to(tl.float32, bitcast=True)
 

@@ -10,7 +10,8 @@ Shapes: query q, y and dy (Z, H, S, DH), key k and value v (Z, H_KV, T, DH), pre
     w = [gate · softmax(a), softmax(b)]              with a gate (H,) (Zhang et al. 2023), a lse each
 
 cap(l) = softcap · tanh(l / softcap), or l. With c = 1 / (1 - p) and δ = Σ_DH dy∘y (for own and prefix apart where there
-is a gate: δp = c · Σ_P softmax(a)∘mask∘dy vpᵀ and δ = Σ_DH dy∘y - gate · δp):
+is a gate: δp = c · Σ_P softmax(a)∘mask∘dy vpᵀ and δ = Σ_DH dy∘y - gate · δp, in fp32 and fp64 not this difference but
+c · Σ_T softmax(b)∘mask∘dy vᵀ):
 
     dv = c · (mask∘w)ᵀ dy,  dl = w∘(c · mask∘(dy vᵀ) - δ)∘cap'
     dq = scale · dl [kp; k],  dk = scale · dlᵀ q,  dgate = Σ δp
@@ -74,7 +75,8 @@ _TILES = {
     },
 }
 # fp32: operands of IEEE products are registers. ptxas gives away a few bytes of stack for one block more, and where it
-# does so differs from chip to chip; None stands for all others. 256 runs only where a test asks for it.
+# does so differs from chip to chip; None stands for all others. "dq gate" walks the own keys twice. 256 runs only where
+# a test asks for it.
 _FP32_TILES: dict[str, dict[int, dict[str | None, tuple[int, int, int]]]] = {
     "fwd": {
         64: {None: (16, 64, 8), "sm80": (32, 32, 16), "sm90": (32, 64, 16), "gfx9": (32, 32, 8)},
@@ -86,6 +88,11 @@ _FP32_TILES: dict[str, dict[int, dict[str | None, tuple[int, int, int]]]] = {
         128: {None: (16, 64, 8), "gfx9": (16, 32, 8)},
         256: {None: (16, 32, 8)},
     },
+    "dq gate": {
+        64: {None: (16, 32, 8), "sm90": (32, 32, 4)},
+        128: {None: (16, 32, 16), "gfx9": (16, 32, 8)},
+        256: {None: (16, 32, 8)},
+    },
     "dkv": {
         64: {None: (32, 32, 8)},
         128: {None: (16, 32, 16), "gfx9": (16, 32, 8)},
@@ -94,18 +101,20 @@ _FP32_TILES: dict[str, dict[int, dict[str | None, tuple[int, int, int]]]] = {
 }
 
 
-def _tile(kernel: str, query: Tensor, BLOCK_D: int, crowded: bool) -> Tile:
-    """A block of rows and a block of keys. `crowded` calls, with a cap or a gate, hold more in registers."""
+def _tile(kernel: str, query: Tensor, BLOCK_D: int, softcap: bool, gate: bool) -> Tile:
+    """A block of rows and a block of keys. Calls with a cap or a gate hold more in registers."""
     kind, size = chip(query.device), max(64, BLOCK_D)
     if kind == "interpreter":
         return Tile(64, 64, 0, 0, 4, 1)
     if query.element_size() > 2:
-        tiles = _FP32_TILES[kernel][size]
+        tiles = _FP32_TILES["dq gate" if gate and kernel == "dq" else kernel][size]
         rows, keys, warps = tiles.get(kind, tiles[None])
+        if gate and (kernel, size, kind) == ("fwd", 128, "sm100"):
+            warps = 8
         return Tile(rows, keys, 0, 0, warps, 1)
     wide = kind in ("sm90", "sm100")
     rows, keys, warps = _TILES[kernel]["wide" if wide else kind][size]
-    if crowded and wide and (kernel, BLOCK_D) in (("dq", 256), ("dkv", 128)):
+    if (softcap or gate) and wide and (kernel, BLOCK_D) in (("dq", 256), ("dkv", 128)):
         rows, keys = 32, 32 if kind == "sm100" else keys
     # Two stages of 64 keys of 256 features do not fit 100 KiB.
     one_stage = kind == "gfx9" or (kind == "sm86" and (kernel, size) == ("fwd", 256))
@@ -132,7 +141,7 @@ class _Call:
         self.window = None if window is None else min(window, self.S + self.T)
         self.sizes = (self.Z, self.S, self.T, self.P, self.H_KV, self.window)
         self.mask_strides = (0, 0, 0, 0) if self.mask is None else self.mask.stride()
-        self.crowded = softcap is not None or gate is not None
+        self.crowded = (softcap is not None, gate is not None)
         self.constants: dict[str, Any] = {
             "CAUSAL": options["is_causal"],
             "SOFTCAP": softcap is not None,
@@ -145,7 +154,7 @@ class _Call:
         }
 
     def tile(self, kernel: str) -> Tile:
-        return _tile(kernel, self.inputs[0], self.block_d, self.crowded)
+        return _tile(kernel, self.inputs[0], self.block_d, *self.crowded)
 
     def blocks(self, tile: Tile) -> dict[str, int]:
         return {
@@ -181,14 +190,15 @@ def attention_fwd(
     softcap: float | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """(y, lse): y (Z, H, S, DH) in (Z, S, H, DH) memory, lse (1, Z, H, S), with a gate (2, Z, H, S): own and prefix.
+    """(y, lse): y (Z, H, S, DH) in (Z, S, H, DH) memory, lse (1, Z, H, S), with a gate (3, Z, H, S): of the own
+    keys the largest logit and the log of the sum below it (`attention_fwd_kernel`), and the prefix's lse.
 
     Drops where a 16-bit word is below `threshold`.
     """
     options = {"is_causal": is_causal, "sliding_window": sliding_window, "softcap": softcap, "scale": scale}
     call = _Call(query, key, value, prefix_key, prefix_value, attn_mask, gate, options)
     y = _empty_heads(query)
-    shape = (1 if gate is None else 2, call.Z, call.H, call.S)
+    shape = (1 if gate is None else 3, call.Z, call.H, call.S)
     lse = torch.empty(shape, dtype=_accumulator(query.dtype), device=query.device)
     tile = call.tile("fwd")
     blocks = call.blocks(tile)
@@ -243,7 +253,7 @@ def attention_bwd(
     gate = None if gate is None else gate.contiguous()
     dy, y = _features_first(dy), _features_first(y)
     grads: dict[str, Tensor] = {}
-    delta = torch.empty_like(lse)
+    delta = torch.empty_like(lse if gate is None else lse[:2])
     if needs - {"value", "prefix_value"}:
         dq = _empty_heads(query) if "query" in needs else None
         tile = call.tile("dq")
@@ -276,13 +286,15 @@ def attention_bwd(
         )
         grads["query"] = dq
         if "gate" in needs:
-            grads["gate"] = (delta[1].sum((0, 2)) * (65536 / (65536 - threshold))).to(gate.dtype)
+            # In fp64, for of long sums the eager ones are the more exact: they add the terms of each row first.
+            total = delta[1].sum((0, 2), dtype=torch.float64)
+            grads["gate"] = (total * (65536 / (65536 - threshold))).to(gate.dtype)
     if needs & {"key", "value"}:
         dk, dv = (_empty_heads(like) if name in needs else None for name, like in (("key", key), ("value", value)))
-        _launch_dkv(call, OWN, dy, gate, lse[0], delta[0], dk, dv, scale, seed, threshold, 0, call.Z)
+        _launch_dkv(call, OWN, dy, gate, lse, delta[0], dk, dv, scale, seed, threshold, 0, call.Z)
         grads["key"], grads["value"] = dk, dv
     if needs & {"prefix_key", "prefix_value"}:
-        grads.update(_prefix_grads(call, dy, prefix_key, gate, lse[-1], delta[-1], scale, seed, threshold, needs))
+        grads.update(_prefix_grads(call, dy, prefix_key, gate, lse, delta[-1], scale, seed, threshold, needs))
     return {name: grads[name] for name in needs}
 
 
@@ -322,9 +334,11 @@ def _launch_dkv(call, segment, dy, gate, lse, delta, dk, dv, scale, seed, thresh
     out = dk if dv is None else dv
     if segment == OWN:
         keys, values, mask = key, value, call.mask
+        lse, log_total = (lse[0], None) if gate is None else lse[:2]
         strides = call.strides(key, value)
     else:
         keys, values, mask = prefix_key, prefix_value, None
+        lse, log_total = lse[-1], None
         strides = [0, *call.strides(prefix_key), 0, *call.strides(prefix_value)]
     tile = call.tile("dkv")
     block_n = _block(keys.shape[-2], tile.cols, 32)
@@ -338,6 +352,7 @@ def _launch_dkv(call, segment, dy, gate, lse, delta, dk, dv, scale, seed, thresh
         mask,
         gate,
         lse,
+        log_total,
         delta,
         dk,
         dv,

@@ -24,9 +24,15 @@ from .prefix_tile import (
 
 
 @triton.jit
-def _weights(x, lse, BASE_2: tl.constexpr):
-    """softmax from logits and lse in the same units; a row without a key, whose lse is -inf, has none."""
-    return exponential(x - tl.where(lse == float("-inf"), 0.0, lse)[:, None], BASE_2)
+def _weights(x, lse, log_total, BASE_2: tl.constexpr):
+    """softmax from logits and lse in the same units; a row without a key, whose lse is -inf, has none.
+
+    Where there is a `log_total`, lse is but the largest logit, and it the log of the sum of exponentials below.
+    """
+    x -= tl.where(lse == float("-inf"), 0.0, lse)[:, None]
+    if log_total is not None:
+        x -= log_total[:, None]
+    return exponential(x, BASE_2)
 
 
 @triton.jit
@@ -100,14 +106,15 @@ def attention_dq_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq of a block of rows, and δ / c of each, laid out as lse: what dk, dv and the prefix's gradients take."""
+    """dq of a block of rows, and δ / c of each, what dk and the prefix's gradients take: (Z, H, S), with a gate
+    (2, Z, H, S), own and prefix.
+    """
     X_DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     DTYPE: tl.constexpr = accumulator(X_DTYPE)
     BASE_2: tl.constexpr = base_2(X_DTYPE)
-    GATED: tl.constexpr = gate_ptr is not None
     # Ordinary cores take operands from registers, where q and dy would stay through the loops as first operands.
     KEYS_FIRST: tl.constexpr = X_DTYPE == DTYPE
-    CONFIG: tl.constexpr = (CAUSAL, SOFTCAP, MASK_BY_ROW, MASK_UNIT, WIDE, GATED, PRECISION, KEYS_FIRST)
+    CONFIG: tl.constexpr = (CAUSAL, SOFTCAP, MASK_BY_ROW, MASK_UNIT, WIDE, PRECISION, KEYS_FIRST)
     blocks = tl.cdiv(S * GROUP, BLOCK_M)
     block, kv_head, z = place(tl.program_id(0), blocks, H_KV)
     block = blocks - 1 - block
@@ -132,21 +139,30 @@ def attention_dq_kernel(
 
     dy_offs = offsets(h, stride_dyh, UNIT, WIDE) + offsets(i, stride_dys, UNIT, WIDE)
     dy = features(dy_ptr + z * stride_dyz, dy_offs, valid, X_DTYPE, DH, BLOCK_D)
-    y_offs = offsets(h, stride_yh, UNIT, WIDE) + offsets(i, stride_ys, UNIT, WIDE)
-    y = features(y_ptr + z * stride_yz, y_offs, valid, X_DTYPE, DH, BLOCK_D)
-    delta = tl.sum(dy.to(DTYPE) * y.to(DTYPE), 1)
     factor = tl.full((), scale, DTYPE)
     if seed_ptr is not None:
-        delta /= keep_scale(threshold, DTYPE)
         factor *= keep_scale(threshold, DTYPE)
     if gate_ptr is not None or dq_ptr is not None:
         q_offs = offsets(h, stride_qh, UNIT, WIDE) + offsets(i, stride_qs, UNIT, WIDE)
         q = features(q_ptr + z * stride_qz, q_offs, valid, X_DTYPE, DH, BLOCK_D)
-        lse = in_units(tl.load(lse_ptr + stats, mask=valid, other=0.0), BASE_2)
+        lse = tl.load(lse_ptr + stats, mask=valid, other=0.0)
+        log_total = None
+        if gate_ptr is None:
+            lse = in_units(lse, BASE_2)
         prefix_lse = lse
+    last = min(S - 1, ((block + 1) * BLOCK_M - 1) // GROUP)
+    start, end = keys_seen(block * BLOCK_M // GROUP, last, sizes, CAUSAL, BLOCK_N)
+    delta = tl.zeros((BLOCK_M,), DTYPE)
+    if gate_ptr is None or X_DTYPE != DTYPE:
+        y_offs = offsets(h, stride_yh, UNIT, WIDE) + offsets(i, stride_ys, UNIT, WIDE)
+        y = features(y_ptr + z * stride_yz, y_offs, valid, X_DTYPE, DH, BLOCK_D)
+        delta = tl.sum(dy.to(DTYPE) * y.to(DTYPE), 1)
+        if seed_ptr is not None:
+            delta /= keep_scale(threshold, DTYPE)
     prefix_delta = delta
     if gate_ptr is not None:
-        prefix_lse = in_units(tl.load(lse_ptr + segment + stats, mask=valid, other=0.0), BASE_2)
+        log_total = tl.load(lse_ptr + segment + stats, mask=valid, other=0.0)
+        prefix_lse = in_units(tl.load(lse_ptr + 2 * segment + stats, mask=valid, other=0.0), BASE_2)
         prefix_delta = tl.zeros((BLOCK_M,), DTYPE)
         total = tl.zeros((BLOCK_M,), DTYPE)
         gate = head_gate(gate_ptr, h, DTYPE)
@@ -157,13 +173,28 @@ def attention_dq_kernel(
             x, _ = logits(q, k, i, h, col, sizes, factors, mask, PREFIX, CONFIG)
             dw = products(dy, v, DTYPE, KEYS_FIRST, PRECISION)
             dw = dropped(dw, seed_ptr, threshold, rows, col, PREFIX)
-            w = _weights(x, prefix_lse, BASE_2)
+            w = _weights(x, prefix_lse, None, BASE_2)
             prefix_delta += tl.sum(w * dw, 1)
             total += tl.sum(w, 1)
         # Nearly 1. What lse's rounding adds to each weight would otherwise not cancel in Σ dl, and large keys show it.
         prefix_delta /= total
         tl.store(delta_ptr + segment + stats, prefix_delta, mask=valid)
-        delta -= gate * prefix_delta
+        if X_DTYPE != DTYPE:
+            delta -= gate * prefix_delta
+        else:
+            # Where few keys are seen little is left of that difference, and in fp32 y's rounding would show in it.
+            total = tl.zeros((BLOCK_M,), DTYPE)
+            for col in range(start, end, BLOCK_N):
+                j = col + tl.arange(0, BLOCK_N)
+                k = features(k_ptr, offsets(j, stride_kt, UNIT, WIDE), j < T, X_DTYPE, DH, BLOCK_D)
+                v = features(v_ptr, offsets(j, stride_vt, UNIT, WIDE), j < T, X_DTYPE, DH, BLOCK_D)
+                x, _ = logits(q, k, i, h, col, sizes, factors, mask, OWN, CONFIG)
+                dw = products(dy, v, DTYPE, KEYS_FIRST, PRECISION)
+                dw = dropped(dw, seed_ptr, threshold, rows, col, OWN)
+                w = _weights(x, lse, log_total, BASE_2)
+                delta += tl.sum(w * dw, 1)
+                total += tl.sum(w, 1)
+            delta /= tl.where(total == 0, 1.0, total)
     tl.store(delta_ptr + stats, delta, mask=valid)
 
     if dq_ptr is not None:
@@ -173,14 +204,12 @@ def attention_dq_kernel(
             k = features(pk_ptr, offsets(p, stride_pkp, UNIT, WIDE), p < P, X_DTYPE, DH, BLOCK_D)
             v = features(pv_ptr, offsets(p, stride_pvp, UNIT, WIDE), p < P, X_DTYPE, DH, BLOCK_D)
             x, slope = logits(q, k, i, h, col, sizes, factors, mask, PREFIX, CONFIG)
-            w = _weights(x, prefix_lse, BASE_2)
+            w = _weights(x, prefix_lse, None, BASE_2)
             if gate_ptr is not None:
                 w *= gate[:, None]
             dw = products(dy, v, DTYPE, KEYS_FIRST, PRECISION)
             dw = dropped(dw, seed_ptr, threshold, rows, col, PREFIX)
             dq = dot(_logit_grad(w, dw, prefix_delta, slope, X_DTYPE), k, dq, PRECISION)
-        last = min(S - 1, ((block + 1) * BLOCK_M - 1) // GROUP)
-        start, end = keys_seen(block * BLOCK_M // GROUP, last, sizes, CAUSAL, BLOCK_N)
         for col in range(start, end, BLOCK_N):
             j = col + tl.arange(0, BLOCK_N)
             k = features(k_ptr, offsets(j, stride_kt, UNIT, WIDE), j < T, X_DTYPE, DH, BLOCK_D)
@@ -188,7 +217,8 @@ def attention_dq_kernel(
             x, slope = logits(q, k, i, h, col, sizes, factors, mask, OWN, CONFIG)
             dw = products(dy, v, DTYPE, KEYS_FIRST, PRECISION)
             dw = dropped(dw, seed_ptr, threshold, rows, col, OWN)
-            dq = dot(_logit_grad(_weights(x, lse, BASE_2), dw, delta, slope, X_DTYPE), k, dq, PRECISION)
+            w = _weights(x, lse, log_total, BASE_2)
+            dq = dot(_logit_grad(w, dw, delta, slope, X_DTYPE), k, dq, PRECISION)
         # dq = scale · dl [kp; k]
         dq_offs = offsets(h, stride_dqh, UNIT, WIDE) + offsets(i, stride_dqs, UNIT, WIDE)
         store_features(dq_ptr + z * stride_dqz, dq_offs, valid, dq * factor, DH, BLOCK_D)
@@ -203,6 +233,7 @@ def attention_dkv_kernel(
     mask_ptr,
     gate_ptr,
     lse_ptr,
+    log_total_ptr,
     delta_ptr,
     dk_ptr,
     dv_ptr,
@@ -254,13 +285,13 @@ def attention_dkv_kernel(
     """dk and dv of a block of keys of one segment: sums over the queries of all heads that share a key head.
 
     Own keys: of one sequence. The prefix: the part, in fp32, that `steps` blocks of rows of the whole batch give; the
-    parts lie stride_dz apart. dk and dv have the same strides.
+    parts lie stride_dz apart. dk and dv have the same strides. With a log_total lse is the largest logit, in units of
+    the logits: the own keys' beside a gate.
     """
     X_DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     DTYPE: tl.constexpr = accumulator(X_DTYPE)
     BASE_2: tl.constexpr = base_2(X_DTYPE)
-    GATED: tl.constexpr = gate_ptr is not None
-    CONFIG: tl.constexpr = (CAUSAL, SOFTCAP, MASK_BY_ROW, MASK_UNIT, WIDE, GATED, PRECISION, True)
+    CONFIG: tl.constexpr = (CAUSAL, SOFTCAP, MASK_BY_ROW, MASK_UNIT, WIDE, PRECISION, True)
     N = T if SEGMENT == OWN else P
     blocks = tl.cdiv(S * GROUP, BLOCK_M)
     block_n, kv_head, part = place(tl.program_id(0), tl.cdiv(N, BLOCK_N), H_KV)
@@ -306,7 +337,11 @@ def attention_dkv_kernel(
         dy = features(dy_ptr + z * stride_dyz, dy_offs, valid, X_DTYPE, DH, BLOCK_D)
 
         x, slope = logits(q, k, i, h, col, sizes, factors, mask, SEGMENT, CONFIG)
-        w = _weights(x, in_units(tl.load(lse_ptr + stats, mask=valid, other=0.0), BASE_2), BASE_2)
+        lse = tl.load(lse_ptr + stats, mask=valid, other=0.0)
+        if log_total_ptr is None:
+            w = _weights(x, in_units(lse, BASE_2), None, BASE_2)
+        else:
+            w = _weights(x, lse, tl.load(log_total_ptr + stats, mask=valid, other=0.0), BASE_2)
         if gate_ptr is not None and SEGMENT == PREFIX:
             w *= head_gate(gate_ptr, h, DTYPE)[:, None]
         if dv_ptr is not None:

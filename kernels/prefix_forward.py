@@ -13,7 +13,7 @@ from .prefix_tile import (
     features,
     head_gate,
     keys_seen,
-    log_sum,
+    logarithm,
     logits,
     natural,
     place,
@@ -92,15 +92,16 @@ def attention_fwd_kernel(
 ):
     """y and lse of one block of rows: the queries of the heads that share a key head.
 
-    lse (Z, H, S) is the joint one; with a gate it is (2, Z, H, S), own and prefix.
+    lse (Z, H, S) is the joint one. With a gate it is (3, Z, H, S): of the own keys the largest logit and the log of the
+    sum of exponentials below it, in the units of the logits, and the prefix's. Apart, since a mask of large negative
+    numbers, under which all keys of a row may be, would take up all digits of their sum.
     """
     X_DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     DTYPE: tl.constexpr = accumulator(X_DTYPE)
     BASE_2: tl.constexpr = base_2(X_DTYPE)
-    GATED: tl.constexpr = gate_ptr is not None
     # As in backward.
     KEYS_FIRST: tl.constexpr = X_DTYPE == DTYPE
-    CONFIG: tl.constexpr = (CAUSAL, SOFTCAP, MASK_BY_ROW, MASK_UNIT, WIDE, GATED, PRECISION, KEYS_FIRST)
+    CONFIG: tl.constexpr = (CAUSAL, SOFTCAP, MASK_BY_ROW, MASK_UNIT, WIDE, PRECISION, KEYS_FIRST)
     blocks = tl.cdiv(S * GROUP, BLOCK_M)
     block, kv_head, z = place(tl.program_id(0), blocks, H_KV)
     # The last blocks see most keys under a causal mask: they start first.
@@ -144,8 +145,12 @@ def attention_fwd_kernel(
     acc /= total[:, None]
 
     lse_ptr += z * (H_KV * GROUP * S)
-    tl.store(lse_ptr + h * S + i, natural(log_sum(top, total, BASE_2), BASE_2), mask=valid)
-    if gate_ptr is not None:
+    segment = tl.cast(Z, tl.int64) * (H_KV * GROUP * S)
+    if gate_ptr is None:
+        tl.store(lse_ptr + h * S + i, natural(top + logarithm(total, BASE_2), BASE_2), mask=valid)
+    else:
+        tl.store(lse_ptr + h * S + i, top, mask=valid)
+        tl.store(lse_ptr + segment + h * S + i, logarithm(total, BASE_2), mask=valid)
         top = tl.full((BLOCK_M,), float("-inf"), DTYPE)
         total = tl.zeros((BLOCK_M,), DTYPE)
         for col in range(0, P, BLOCK_P):
@@ -153,11 +158,12 @@ def attention_fwd_kernel(
             k = features(pk_ptr, offsets(p, stride_pkp, UNIT, WIDE), p < P, X_DTYPE, DH, BLOCK_D)
             x, _ = logits(q, k, i, h, col, sizes, factors, mask, PREFIX, CONFIG)
             new = tl.maximum(top, tl.max(x, 1))
-            total *= exponential(top - new, BASE_2)
-            total += tl.sum(exponential(x - new[:, None], BASE_2), 1)
+            base = tl.where(new == float("-inf"), 0.0, new)  # of a row of NaN
+            total *= exponential(top - base, BASE_2)
+            total += tl.sum(exponential(x - base[:, None], BASE_2), 1)
             top = new
-        lse = log_sum(top, total, BASE_2)
-        tl.store(lse_ptr + tl.cast(Z, tl.int64) * (H_KV * GROUP * S) + h * S + i, natural(lse, BASE_2), mask=valid)
+        lse = top + logarithm(total, BASE_2)
+        tl.store(lse_ptr + 2 * segment + h * S + i, natural(lse, BASE_2), mask=valid)
         # With its softmax known, the prefix's part adds to the same accumulator: a second one would not fit.
         gate = head_gate(gate_ptr, h, DTYPE)
         for col in range(0, P, BLOCK_P):

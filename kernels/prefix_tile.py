@@ -24,9 +24,8 @@ def exponential(x, BASE_2: tl.constexpr):
 
 
 @triton.jit
-def log_sum(top, total, BASE_2: tl.constexpr):
-    """lse from the largest logit and the sum of exponentials below it, in the units of the logits."""
-    return top + (tl.log2(total) if BASE_2 else tl.log(total))
+def logarithm(x, BASE_2: tl.constexpr):
+    return tl.log2(x) if BASE_2 else tl.log(x)
 
 
 @triton.jit
@@ -111,19 +110,12 @@ def queries_seeing(first, last, sizes, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def _add_bias(x, bias, GATED: tl.constexpr, BASE_2: tl.constexpr):
-    """x + an additive mask.
-
-    Under a joint softmax, whose sum the prefix keeps above 0, whatever is far below it is as good as -inf. The own
-    softmax of a gated call is uniform in a row of nothing but finfo.min, and its lse must tell how many keys it has:
-    there the sum of both stops where it still does.
-    """
-    FLOAT64: tl.constexpr = x.dtype == tl.float64
+def _add_bias(x, bias, BASE_2: tl.constexpr):
+    """x + an additive mask; finfo.min stays finite, as in a row of nothing else, whose softmax is uniform."""
     bias = bias.to(x.dtype)
-    total = x + in_units(tl.maximum(bias, -1e308 if FLOAT64 else -2e38), BASE_2)
-    if GATED:
-        total = tl.where(bias == float("-inf"), bias, tl.maximum(total, -4096.0 if FLOAT64 else -1024.0))
-    return total
+    if BASE_2:
+        bias = in_units(tl.maximum(bias, -2e38), True)
+    return x + bias
 
 
 @triton.jit
@@ -151,9 +143,8 @@ def logits(q, k, i, h, col, sizes, factors, mask, SEGMENT: tl.constexpr, CONFIG:
     MASK_BY_ROW: tl.constexpr = CONFIG[2]
     MASK_UNIT: tl.constexpr = CONFIG[3]
     WIDE: tl.constexpr = CONFIG[4]
-    GATED: tl.constexpr = CONFIG[5]
-    PRECISION: tl.constexpr = CONFIG[6]
-    KEYS_FIRST: tl.constexpr = CONFIG[7]
+    PRECISION: tl.constexpr = CONFIG[5]
+    KEYS_FIRST: tl.constexpr = CONFIG[6]
     DTYPE: tl.constexpr = accumulator(q.dtype)
     S, T, P, window = sizes
     inner, outer = factors
@@ -185,7 +176,7 @@ def logits(q, k, i, h, col, sizes, factors, mask, SEGMENT: tl.constexpr, CONFIG:
             if mask_ptr.dtype.element_ty == tl.int1:
                 visible = visible & (tl.load(ptrs, mask=inside, other=0) != 0)
             else:
-                x = _add_bias(x, tl.load(ptrs, mask=inside, other=0.0), GATED, base_2(q.dtype))
+                x = _add_bias(x, tl.load(ptrs, mask=inside, other=0.0), base_2(q.dtype))
     return tl.where(visible, x, float("-inf")), slope
 
 

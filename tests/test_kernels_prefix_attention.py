@@ -90,7 +90,7 @@ def make_mask(name: str, Z: int, H: int, S: int, T: int, dtype: torch.dtype, dev
         return keep
     if name == "bias":
         return torch.randn(1, H, S, T, generator=generator).to(device=device, dtype=dtype)
-    lowest = {"-inf": -torch.inf, "min": torch.finfo(dtype).min}[name]
+    lowest = {"-inf": -torch.inf, "min": torch.finfo(dtype).min, "-2000": -2000.0}[name]
     return torch.zeros(keep.shape, dtype=dtype, device=device).masked_fill(~keep, lowest)
 
 
@@ -170,8 +170,10 @@ def test_shapes(Z, H, H_KV, S, T, P, DH, options, device):
 
 
 # Who sees whom: each mask alone and beside causal and window, rows that see nothing at all, queries before all keys.
-# With a gate in fp64: what few keys get is a small difference there, on which two programs in fp32 may differ by more.
-@pytest.mark.parametrize("gate", [False, True], ids=["joint", "gate"])
+# fp64 beside fp32 with a gate, where what few keys get must not be a small difference of large numbers.
+@pytest.mark.parametrize(
+    ("dtypes", "gate"), [("fp32", False), ("fp32", True), ("fp64", True)], ids=["joint", "gate", "gate-fp64"]
+)
 @pytest.mark.parametrize(
     ("mask", "S", "T", "options"),
     [
@@ -187,17 +189,28 @@ def test_shapes(Z, H, H_KV, S, T, P, DH, options, device):
     ],
     ids=lambda value: "-".join(map(str, value)) or "alone" if isinstance(value, dict) else str(value),
 )
-def test_masks(mask, S, T, options, gate, device):
-    dtypes = "fp64" if gate else "fp32"
+def test_masks(mask, S, T, options, dtypes, gate, device):
     assert_matches(make_case(2, 2, 1, S, T, 5, 16, dtypes=dtypes, mask=mask, gate=gate, device=device, **options))
 
 
-# finfo.min is no -inf: an own softmax of nothing else is uniform. fp32 would hold a sum of such exponentials exactly.
+# finfo.min is no -inf: an own softmax of nothing else is uniform. Of nothing but -2000 it is what it were without, and
+# fp32 and fp64 tell it from a uniform one.
 @pytest.mark.parametrize(
-    ("dtypes", "gate"), [("fp32", False), ("fp16", False), ("bf16", False), ("bf16", True)], ids=str
+    ("mask", "dtypes", "gate"),
+    [
+        ("min", "fp32", False),
+        ("min", "fp16", False),
+        ("min", "bf16", False),
+        ("min", "fp32", True),
+        ("min", "bf16", True),
+        ("-2000", "fp32", True),
+        ("-2000", "fp64", True),
+        ("-2000", "fp16", True),
+    ],
+    ids=str,
 )
-def test_lowest_additive_mask(dtypes, gate, device):
-    assert_matches(make_case(2, 2, 1, 20, 70, 5, 16, dtypes=dtypes, mask="min", gate=gate, device=device))
+def test_far_negative_additive_masks(mask, dtypes, gate, device):
+    assert_matches(make_case(2, 2, 1, 20, 70, 5, 16, dtypes=dtypes, mask=mask, gate=gate, device=device))
 
 
 # Masks come in any float type, in any layout that broadcasts, or for some of the dimensions alone.
@@ -221,7 +234,7 @@ def test_mask_layouts(layout, device):
 
 # The cap in its linear and in its flat part, beside masks, which come after it, and with a scale of the caller's.
 @pytest.mark.parametrize("softcap", [0.5, 20.0])
-@pytest.mark.parametrize(("dtypes", "gate"), [("fp64", True), ("fp32", False), ("bf16", False)], ids=str)
+@pytest.mark.parametrize(("dtypes", "gate"), [("fp32", True), ("fp32", False), ("bf16", False)], ids=str)
 def test_softcap_and_scale(softcap, dtypes, gate, device):
     assert_matches(
         make_case(
@@ -272,13 +285,13 @@ def test_results_are_fresh_memory_as_projections_take_it(device):
     results = run(case)
     for name in ("y", "query", "key", "value"):
         assert results[name].transpose(1, 2).is_contiguous(), name
-    assert results["lse"].shape == (2, 2, 4, 20)
+    assert results["lse"].shape == (3, 2, 4, 20)
     storages = {tensor.untyped_storage().data_ptr() for tensor in results.values()}
     assert len(storages) == len(results)
 
 
 def test_lse(device):
-    """Natural logarithms: of both segments together, or with a gate of each."""
+    """Natural logarithms: of both segments together; with a gate of the own keys, in two parts, and of the prefix."""
     case = make_case(2, 4, 2, 20, 30, 5, 16, dtypes="fp64", causal=True, device=device)
     x = case.inputs.to(torch.float64)
     key = torch.cat([x.prefix_key.expand(2, -1, -1, -1), x.key], 2).repeat_interleave(2, 1)
@@ -287,8 +300,9 @@ def test_lse(device):
     logits[..., 5:] = logits[..., 5:].masked_fill(hidden, -torch.inf)
     torch.testing.assert_close(attention_fwd(*arguments(case), **case.options)[1][0], logits.logsumexp(-1))
     case.inputs.gate = torch.ones(4, dtype=torch.float64, device=device)
-    own, prefix = attention_fwd(*arguments(case), **case.options)[1]
-    torch.testing.assert_close(own, logits[..., 5:].logsumexp(-1))
+    top, log_total, prefix = attention_fwd(*arguments(case), **case.options)[1]
+    torch.testing.assert_close(top, logits[..., 5:].amax(-1))
+    torch.testing.assert_close(top + log_total, logits[..., 5:].logsumexp(-1))
     torch.testing.assert_close(prefix, logits[..., :5].logsumexp(-1))
 
 

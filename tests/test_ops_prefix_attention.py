@@ -288,6 +288,23 @@ def test_empty_calls(backend):
         assert_op_within_budget(backend, prefix_attention_inputs(Z, 4, 2, S, T, 3, 16))
 
 
+# A row that sees no key is no excuse to take what is not a number for 0.
+@pytest.mark.parametrize("gate", [False, True], ids=["joint", "gate"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_not_a_number_stays_so(backend, gate):
+    inputs = prefix_attention_inputs(1, 1, 1, 4, 2, 3, 16, gate=gate)
+    options = {"is_causal": True}  # the first two queries see no key
+    with peft_fast.backend(backend):
+        clean = forward_backward(prefix_attention, inputs, **options)
+        inputs.query[0, 0, 3, 5] = torch.nan
+        result = forward_backward(prefix_attention, inputs, **options)
+    for name in ("y", "query"):
+        assert result[name][0, 0, 3].isnan().all(), name
+        assert torch.equal(result[name][0, 0, :3], clean[name][0, 0, :3]), name
+    for name in ("key", "value", "prefix_key", "prefix_value"):
+        assert result[name].isnan().any(), name
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_layout(backend):
     """y is laid out (Z, S, H, DH), so that a model's transpose back is free, and is no view."""

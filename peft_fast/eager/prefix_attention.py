@@ -328,8 +328,11 @@ class _Call:
         if self.gate is None:
             p = torch.softmax(logits, -1, out=logits)
             return capped, p, p
-        # A row that sees no key: 0 / 0
-        own = logits[..., self.P :].softmax(-1).nan_to_num_(nan=0.0)
+        own = logits[..., self.P :]
+        # A row that sees no key has 0 / 0, which counts as 0; what is not a number in the inputs stays so.
+        if own.shape[-1]:
+            unseeing = own.amax(-1, keepdim=True) == -torch.inf
+            own = own.softmax(-1).masked_fill_(unseeing, 0)
         p = torch.cat([logits[..., : self.P].softmax(-1), own], -1)
         weights = p.clone()
         weights[..., : self.P] *= self._gate_rows(chunk)

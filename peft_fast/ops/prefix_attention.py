@@ -156,7 +156,7 @@ def _fake_fwd(query, key, value, prefix_key, prefix_value, attn_mask, gate, *arg
     if args[-1] == "eager":
         return [empty_y(query)]
     wide = torch.promote_types(query.dtype, torch.float32)
-    return [empty_y(query), query.new_empty(1 if gate is None else 2, *query.shape[:3], dtype=wide)]
+    return [empty_y(query), query.new_empty(1 if gate is None else 3, *query.shape[:3], dtype=wide)]
 
 
 @torch.library.register_fake("peft_fast::prefix_attention_bwd", lib=LIBRARY)
