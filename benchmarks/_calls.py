@@ -64,9 +64,10 @@ def _seed() -> Tensor:
     return _meta(1, dtype=torch.int64)
 
 
-def _lora_linear(dtype, factor_dtype, *, R, N=4096, K=4096, plan="split", threshold=THRESHOLD, bias=True) -> None:
+def _lora_linear(
+    dtype, factor_dtype, *, R, M=8192, N=4096, K=4096, plan="split", threshold=THRESHOLD, bias=True
+) -> None:
     """A plan that names a tile launches nothing where the chip is not given that tile."""
-    M = 8192
     x, weight, dy = _meta(M, K, dtype=dtype), _meta(N, K, dtype=dtype), _meta(M, N, dtype=dtype)
     tile_name = plan.partition(" ")[2]
     if tile_name and tile_name not in named_tiles(x, R):
@@ -153,11 +154,14 @@ def calls() -> list[Call]:
         for R in (8, 32, 64, 384):
             for plan in ("split", "fused", *(("fused 128x128", "fused 64x128") if R <= 64 else ())):
                 add("lora_linear", dtypes, f"R {R}, {plan}", R=R, plan=plan)
+        # Where x is small, skinny passes take other tiles.
+        add("lora_linear", dtypes, "R 8, few rows", R=8, M=1024)
         # Rows of 8·513 elements, of which Triton sees no multiple of 16.
         for plan in ("split", "fused"):
             add("lora_linear", dtypes, f"R 16, {plan}, rows of 4104", R=16, N=4104, K=4104, plan=plan, bias=False)
         for R, norms in ((8, "plain"), (48, "plain"), (256, "plain"), (64, "norms"), (256, "norms")):
             add("bottleneck_adapter", dtypes, f"R {R}, {norms}", R=R, norms=_NORMS[norms])
+        add("bottleneck_adapter", dtypes, "R 8, plain, rows of 4096", R=8, norms=(), K=4096)
         widest = MAX_KERNEL_HEAD_SIZE[DTYPES[dtypes][0].itemsize]
         for DH in [DH for DH in (64, 128, 256) if widest >= DH]:
             # Where the prefix alone has another type, little differs: it is rounded as it is loaded.

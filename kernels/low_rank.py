@@ -33,6 +33,8 @@ def _matmul_tile(x: Tensor, R: int, name: str = "") -> Tile:
     kind = chip(x.device)
     if kind != "interpreter" and x.element_size() > 2:
         return Tile(128, 128, 32, 32, 8, 3) if precision(x.dtype) == "tf32" else Tile(64, 64, 16, 16, 8, 3)
+    if kind == "sm86" and R > 64:  # fp32 factors take up to 160 KiB with blocks of 64
+        return Tile(128, 128, 64, 32, 8, 3)
     # Beside 256 columns several blocks of the rank spill up to 3 KB on sm_90, and fp32 factors overflow shared memory.
     if kind in ("sm80", "sm86") or (R > 64 and kind != "gfx9"):
         return Tile(128, 128, 64, 64, 8, 3)

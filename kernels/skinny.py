@@ -23,15 +23,31 @@ from ._tl import accumulator, cast, dot, dot_rounded, dot_split, keep_mask, keep
 # chips that share tiles also share the order of every sum, and its bits.
 _PROGRAMS = 256
 
+# Elements of x from which a skinny pass takes large tiles.
+_LARGE = 1 << 25
 
-def _skinny_tile(x: Tensor, factor: Tensor, *, with_ds: bool = False, with_stats: bool = False) -> Tile:
-    """The tile of x that meets all of, or a block of, the rank in one step of a skinny pass."""
+
+def _skinny_tile(
+    x: Tensor, factor: Tensor, *, grad: bool = False, with_ds: bool = False, with_stats: bool = False
+) -> Tile:
+    """The tile of x that meets all of, or a block of, the rank in one step of a skinny pass; `grad`: of `factor_grad`.
+
+    Each block of rows reads the factor again and each block of columns s; larger blocks leave fewer programs, whose
+    number splits the sum further: more partial sums. Beside few ranks the two cost the same for s at about
+    sqrt(M K e / 2^11) rows, e the bytes of an element of the factor, and for dF at sqrt(M K / 2^9) columns.
+    """
     kind = chip(x.device)
     if kind != "interpreter" and x.element_size() > 2:
         # Three stages of fp64 do not fit 100 KiB.
         return Tile(64, 64, 0, 32, 8, 3 if x.element_size() == 4 else 1)
     num_stages = 2 if kind == "gfx9" else 3
-    if factor.dtype == x.dtype:
+    mixed = factor.dtype != x.dtype
+    few = factor.shape[1] <= 16 and not with_stats
+    # Three terms of the factor beside 256 columns spill on AMD chips, and where wgmma or tcgen05 take 64 rows.
+    if few and (with_ds or x.numel() >= _LARGE) and not (mixed and kind == "gfx9"):
+        rows, cols = (32 if mixed and kind in ("sm90", "sm100") else 64, 256) if grad else (256, 64)
+        return Tile(rows, cols, 0, 16, 8, 2 if kind == "sm86" else num_stages)
+    if not mixed:
         if with_ds:
             # Wide, because each block of columns leaves partial sums of ds.
             return Tile(64, 256, 0, 32, 8, num_stages)
@@ -45,9 +61,10 @@ def _skinny_tile(x: Tensor, factor: Tensor, *, with_ds: bool = False, with_stats
 def reads_dy_once(dy: Tensor, factor: Tensor) -> bool:
     """Whether ds comes with dB rather than from a second read of dy.
 
-    Partial sums of ds, written and read, cost 4R/cols of dy's bytes (16-bit dy): at most half of a second read.
+    Partial sums of ds, written and read, cost 4R/cols of dy's bytes (16-bit dy): at most half of a second read here. At
+    R = 64 and 256 columns they would cost all of it.
     """
-    return dy.element_size() == 2 and 8 * factor.shape[1] <= _skinny_tile(dy, factor, with_ds=True).cols
+    return dy.element_size() == 2 and 8 * factor.shape[1] <= _skinny_tile(dy, factor, grad=True, with_ds=True).cols
 
 
 @triton.jit
@@ -342,7 +359,7 @@ def factor_grad(
     """
     need_df, need_dbias, need_ds = needs
     (M, K), R = x.shape, factor.shape[1]
-    tile = _skinny_tile(x, factor, with_ds=need_ds, with_stats=stats is not None)
+    tile = _skinny_tile(x, factor, grad=True, with_ds=need_ds, with_stats=stats is not None)
     block_r = rank_block(R, tile)
     blocks_k = triton.cdiv(K, tile.cols)
     programs = blocks_k * triton.cdiv(R, block_r)

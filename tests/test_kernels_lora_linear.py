@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -113,6 +114,13 @@ def test_shapes(M, K, N, plan, device):
     assert_matches(inputs, plan=plan, p=0.1)
 
 
+# The tiles of large activations, 16 ranks at most, with tails in rows and columns.
+@pytest.mark.parametrize("dtypes", ["bf16", "bf16-fp32", "fp16-fp32"])
+def test_large_tiles(dtypes, device, monkeypatch):
+    monkeypatch.setattr(skinny, "_LARGE", 0)
+    assert_matches(inputs_with_zeros(300, 264, 520, 12, device=device, dtypes=dtypes), plan="split", p=0.1)
+
+
 def transposed(tensor: Tensor) -> Tensor:
     return tensor.T.contiguous().T
 
@@ -212,6 +220,23 @@ def test_range_of_fp16(dtypes, power, plan, device):
     s = run(inputs, plan=plan)[1]
     assert s.abs().max() > 65504 or power < 0
     assert_matches(inputs, plan=plan, p=0.1)
+
+
+# To fp32's end, where the inverse of a power of two is no normal number; what is not finite stays so, by itself.
+def test_range_of_factors_beside_fp16(device):
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(64, 128, generator=generator) / 1024).half().to(device)
+    factor = torch.randn(128, 8, generator=generator).to(device)
+    factor *= 3e38 / factor.abs().max()
+    s = skinny.shrink(x, factor, 1.0)
+    assert_within_budget(s, x.double() @ factor.double(), x.float() @ factor, length=128)
+    for value in (torch.inf, torch.nan):
+        factor[7, 3] = value
+        with np.errstate(invalid="ignore"):
+            others = skinny.shrink(x, factor, 1.0)
+        assert not others[:, 3].isfinite().any()
+        s[:, 3] = others[:, 3]
+        torch.testing.assert_close(others, s, rtol=0, atol=0, equal_nan=True)
 
 
 # Not representable, negative, zero, and the types that a buffer may have.

@@ -34,10 +34,14 @@ def test_closed_forms_equal_the_interpreters_counts(kind, make, arguments):
         assert row["sum_of_terms"] == row["moved"], row
 
 
-# The interpreter has tiles of its own; here it runs those of chips, where a factor of rank 64 takes several blocks.
+# The interpreter has tiles of its own; here it runs those of chips, where a factor of rank 64 takes several blocks, and
+# those of large activations.
 @pytest.mark.parametrize("kind", ["sm80", "sm90"])
-@pytest.mark.parametrize("case", [INTERPRETED[5], INTERPRETED[8], INTERPRETED[12]], ids=lambda case: case[0])
+@pytest.mark.parametrize(
+    "case", [INTERPRETED[2], INTERPRETED[5], INTERPRETED[8], INTERPRETED[12]], ids=lambda case: case[0]
+)
 def test_closed_forms_hold_for_the_tiles_of_chips(case, kind, monkeypatch):
+    monkeypatch.setattr(skinny, "_LARGE", 0)
     for module in (skinny, low_rank, bottleneck_rows, bottleneck_grads, prefix_attention):
         monkeypatch.setattr(module, "chip", lambda device: kind)
     for row in traffic.interpreted(*case):
@@ -108,14 +112,16 @@ def test_compiled_stock_is_counted_after_fusion():
 
 # Where a bar is missed, and why it stays so; the figures are published beside the others. Everything else is met.
 MISSES = {
-    "factors and s are read again by each tile of a skinny pass": lambda row: "skinny" in row["bar"],
+    "s, and factors in fp32 or of rank 64, are read again by each tile of a skinny pass; larger ones mean too few "
+    "programs or more partial sums": lambda row: (
+        "skinny" in row["bar"] and ("factors=fp32" in row["shape"] or "R=64" in row["shape"])
+    ),
     "ds takes its own read of dy where its partial sums would cost as much": lambda row: (
         "R=64" in row["shape"] and row["variant"] in ("fused", "split")
     ),
-    "narrower tiles leave more partial sums of ds beside fp32 factors": lambda row: (
-        "factors=fp32" in row["shape"] and row["bar"].startswith("partial sums")
-    ),
-    "without dropout the usual modules move 13 tensors like x and ours 6, and z in fp32": lambda row: (
+    # 0.46, with z in fp32 on top. One read of dy or x less would be as many bytes of partial sums of weight gradients
+    # at R = 16 and 64 rows a program, and four times as many at R = 64.
+    "without dropout the usual modules move 13 tensors like x and ours 6": lambda row: (
         "dropout=0.0" in row["shape"] and row["bar"].startswith("moved / the usual")
     ),
 }
