@@ -42,11 +42,17 @@ def _skinny_tile(
         return Tile(64, 64, 0, 32, 8, 3 if x.element_size() == 4 else 1)
     num_stages = 2 if kind == "gfx9" else 3
     mixed = factor.dtype != x.dtype
-    few = factor.shape[1] <= 16 and not with_stats
-    # Three terms of the factor beside 256 columns spill on AMD chips, and where wgmma or tcgen05 take 64 rows.
-    if few and (with_ds or x.numel() >= _LARGE) and not (mixed and kind == "gfx9"):
-        rows, cols = (32 if mixed and kind in ("sm90", "sm100") else 64, 256) if grad else (256, 64)
-        return Tile(rows, cols, 0, 16, 8, 2 if kind == "sm86" else num_stages)
+    # Three terms of the factor beside 256 columns spill on AMD chips, with ds on tcgen05 and, at 64 rows, on wgmma.
+    crowded = mixed and (kind == "gfx9" or (kind == "sm100" and with_ds))
+    if factor.shape[1] <= 16 and not with_stats:
+        if (with_ds or x.numel() >= _LARGE) and not crowded:
+            halved = with_ds if kind == "gfx9" else mixed and kind in ("sm90", "sm100")
+            rows, cols = (32 if halved else 64, 256) if grad else (256, 64)
+            return Tile(rows, cols, 0, 16, 8, 2 if kind == "sm86" else num_stages)
+        if crowded and with_ds and kind == "gfx9":
+            return Tile(32, 128, 0, 16, 8, num_stages)
+        if mixed and kind == "sm86" and not grad:
+            return Tile(128, 64, 0, 16, 8, num_stages)
     if not mixed:
         if with_ds:
             # Wide, because each block of columns leaves partial sums of ds.
