@@ -34,7 +34,8 @@ def narrow_mm(x: Tensor, factor: Tensor, scale: Any, traced: str) -> Tensor:
     if traced:
         return (torch.mm(factor.t(), x.t()).t() if narrow else torch.mm(x, factor)) * scale
     ignored = x.new_empty(1)
-    batches = _batches(x, 8, 32 if narrow else 128) if M * K >= BATCHED_ELEMENTS and R <= 32 else 0
+    # R = 1 is no matmul, and batches of it round more.
+    batches = _batches(x, 8, 32 if narrow else 128) if M * K >= BATCHED_ELEMENTS and 2 <= R <= 32 else 0
     if not batches:
         if narrow:
             return torch.addmm(ignored, factor.t(), x.t(), beta=0, alpha=scale).t()
