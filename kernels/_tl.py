@@ -113,21 +113,27 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     A 16-bit `a` stays as it is against a fp32 `b`, which is split into three 16-bit terms: a b = a hi + a mid + a lo to
     fp32's accuracy, on 16-bit tensor cores. In fp16 the residuals would underflow, so they are held 2^11 and 2^22
     times too large, which is exact.
+
+    What is to have fp32's accuracy is summed apart and added to `acc` once: a single chain of K sums would round as
+    often as it is long, and tensor cores truncate.
     """
-    if a.dtype == b.dtype:
-        acc = _dot(a, b, acc, PRECISION)
-    elif a.dtype == tl.bfloat16:
-        hi, mid, lo = _terms(b)
-        acc = _dot(a, hi, _dot(a, mid, _dot(a, lo, acc, PRECISION), PRECISION), PRECISION)
+    zero = tl.zeros_like(acc)
+    if a.dtype != b.dtype:
+        if a.dtype == tl.bfloat16:
+            hi, mid, lo = _terms(b)
+            acc += _dot(a, hi, _dot(a, mid, _dot(a, lo, zero, PRECISION), PRECISION), PRECISION)
+        else:
+            b, scale = normalized(b)
+            hi = b.to(tl.float16)
+            b = (b - hi.to(tl.float32)) * 2048.0
+            mid = b.to(tl.float16)
+            lo = ((b - mid.to(tl.float32)) * 2048.0).to(tl.float16)
+            residual = _dot(a, mid, zero, PRECISION) + _dot(a, lo, zero, PRECISION) * (1 / 2048)
+            acc += (_dot(a, hi, zero, PRECISION) + residual * (1 / 2048)) * scale
+    elif a.dtype == tl.float32:
+        acc += _dot(a, b, zero, PRECISION)
     else:
-        zero = tl.zeros_like(acc)
-        b, scale = normalized(b)
-        hi = b.to(tl.float16)
-        b = (b - hi.to(tl.float32)) * 2048.0
-        mid = b.to(tl.float16)
-        lo = ((b - mid.to(tl.float32)) * 2048.0).to(tl.float16)
-        residual = _dot(a, mid, zero, PRECISION) + _dot(a, lo, zero, PRECISION) * (1 / 2048)
-        acc += (_dot(a, hi, zero, PRECISION) + residual * (1 / 2048)) * scale
+        acc = _dot(a, b, acc, PRECISION)
     return acc
 
 
@@ -141,8 +147,9 @@ def dot_split(a, b, acc, PRECISION: tl.constexpr):
     if a.dtype == tl.float32:
         a_hi, a_mid, a_lo = _terms(a)
         b_hi, b_mid, b_lo = _terms(b)
-        acc = _dot(a_hi, b_lo, _dot(a_mid, b_mid, _dot(a_lo, b_hi, acc, PRECISION), PRECISION), PRECISION)
-        acc = _dot(a_hi, b_hi, _dot(a_hi, b_mid, _dot(a_mid, b_hi, acc, PRECISION), PRECISION), PRECISION)
+        part = _dot(a_lo, b_hi, tl.zeros_like(acc), PRECISION)
+        part = _dot(a_hi, b_lo, _dot(a_mid, b_mid, part, PRECISION), PRECISION)
+        acc += _dot(a_hi, b_hi, _dot(a_hi, b_mid, _dot(a_mid, b_hi, part, PRECISION), PRECISION), PRECISION)
     else:
         acc = dot(a, b, acc, PRECISION)
     return acc

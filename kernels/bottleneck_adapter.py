@@ -233,6 +233,6 @@ def adapter_bwd(
     elif "down_weight" in needs:
         grads["down_weight"], _, _ = factor_grad(x, dz, down_weight.mT, transposed=True, needs=(True, False, False))
     if dscaling is not None:
-        grads["scaling"] = _sum_partials(dscaling.view(rows, 1), scaling.dtype).view(scaling.shape)
+        grads["scaling"] = dscaling.sum().to(scaling.dtype).view(scaling.shape)
     grads["x"], grads["residual"] = dx, dresidual if through_norm else dy
     return {name: grads[name] for name in needs}

@@ -93,7 +93,9 @@ def _up_grad_kernel(
     pointers = (act_ptr, wu_ptr, bu_ptr, residual_ptr, seed_ptr)
 
     dwu = tl.zeros((BLOCK_C, BLOCK_R), DTYPE)
-    dbu = tl.zeros((BLOCK_C,), DTYPE)
+    g_sum = tl.zeros(
+        (BLOCK_M, BLOCK_C), DTYPE
+    )  # one sum over rows, after the loop: there threads exchange what they have
     dw = tl.zeros((BLOCK_C,), DTYPE)
     db = tl.zeros((BLOCK_C,), DTYPE)
     for row in range(split * M_split, min((split + 1) * M_split, M), BLOCK_M):
@@ -117,7 +119,7 @@ def _up_grad_kernel(
         if dwu_ptr is not None:
             dwu = times(tl.trans(g), act, dwu, X_DTYPE, SPLIT, PRECISION)
         if dbu_ptr is not None:
-            dbu += tl.sum(g.to(DTYPE), 0)
+            g_sum += g.to(DTYPE)
 
     if dwu_ptr is not None:
         dwu_ptr += split.to(tl.int64) * stride_split
@@ -125,7 +127,8 @@ def _up_grad_kernel(
         tl.store(tile_ptrs(dwu_ptr, offs_n, offs_r, R, 1, R_UNIT, WIDE), dwu * coefficient, mask=mask)
     first = mask_n & (block_r == 0)
     if dbu_ptr is not None:
-        tl.store(dbu_ptr + split.to(tl.int64) * stride_split + offs_n, dbu * coefficient, mask=first)
+        dbu = tl.sum(g_sum, 0) * coefficient
+        tl.store(dbu_ptr + split.to(tl.int64) * stride_split + offs_n, dbu, mask=first)
     if dw_ptr is not None:
         tl.store(dw_ptr + split.to(tl.int64) * stride_split + offs_n, dw, mask=first)
         tl.store(db_ptr + split.to(tl.int64) * stride_split + offs_n, db, mask=first)

@@ -6,7 +6,7 @@
     ds = scaling · x F               (M, R)
 
 They are memory-bound. All accumulate in fp32 (fp64 for fp64); what several programs share they write as partial
-sums, which a second pass adds in order.
+sums, which a second pass adds in a fixed order.
 """
 
 import itertools
@@ -224,13 +224,18 @@ def _factor_grad_kernel(
 
 
 @triton.jit
-def _sum_in_order(partials_ptr, out_ptr, block, count, size, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+def _sum_in_order(
+    partials_ptr, out_ptr, block, count, size, BLOCK: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr
+):
+    """COUNT partials at a time, so that their loads do not wait for each other."""
     if partials_ptr is not None:
         index = block.to(tl.int64 if WIDE else tl.int32) * BLOCK + tl.arange(0, BLOCK)
         mask = index < size
         acc = tl.zeros((BLOCK,), partials_ptr.dtype.element_ty)
-        for i in range(count):
-            acc += tl.load(partials_ptr + tl.cast(i, tl.int64) * size + index, mask=mask, other=0.0)
+        for first in range(0, count, COUNT):
+            i = first + tl.arange(0, COUNT)
+            ptrs = partials_ptr + (i.to(tl.int64)[:, None] * size + index[None, :])
+            acc += tl.sum(tl.load(ptrs, mask=(i < count)[:, None] & mask[None, :], other=0.0), 0)
         tl.store(out_ptr + index, cast(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -249,18 +254,19 @@ def _sum_partials_kernel(
     third_count,
     third_size,
     BLOCK: tl.constexpr,
+    COUNT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """out = Σ partials over their first dimension, in order, for up to three of them; partials (count, size)."""
+    """out = Σ partials over their first dimension for up to three of them; partials (count, size)."""
     first = tl.program_id(0)
     second = first - tl.cdiv(first_size, BLOCK)
     third = second - tl.cdiv(second_size, BLOCK)
     if second < 0:
-        _sum_in_order(first_ptr, first_out_ptr, first, first_count, first_size, BLOCK, WIDE)
+        _sum_in_order(first_ptr, first_out_ptr, first, first_count, first_size, BLOCK, COUNT, WIDE)
     elif third < 0:
-        _sum_in_order(second_ptr, second_out_ptr, second, second_count, second_size, BLOCK, WIDE)
+        _sum_in_order(second_ptr, second_out_ptr, second, second_count, second_size, BLOCK, COUNT, WIDE)
     else:
-        _sum_in_order(third_ptr, third_out_ptr, third, third_count, third_size, BLOCK, WIDE)
+        _sum_in_order(third_ptr, third_out_ptr, third, third_count, third_size, BLOCK, COUNT, WIDE)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -297,9 +303,10 @@ def _sums(*parts: tuple[Tensor | None, torch.dtype]) -> list[Tensor | None]:
     arguments += [(None, None, 0, 0)] * (3 - len(arguments))
     launch(
         _sum_partials_kernel,
-        (sum(triton.cdiv(size, 1024) for *_, size in arguments),),
+        (sum(triton.cdiv(size, 256) for *_, size in arguments),),
         *itertools.chain(*arguments),
-        BLOCK=1024,
+        BLOCK=256,
+        COUNT=16,
         WIDE=needs_int64(*outs),
         num_warps=4,
         num_stages=1,
