@@ -20,6 +20,10 @@ Saved: the inputs, y and lse; never a probability or a mask. A tile of keys meet
 it. Everything accumulates in fp32 (fp64 for fp64); a fp32 prefix beside 16 bits is rounded to 16 bits, as peft does,
 and its gradient is summed and stored in fp32. In backward one kernel gives δ and dq, one dk and dv, and one the
 prefix's gradients as partial sums over the batch and the queries, which a second pass adds in order: no atomics.
+
+Of long plain calls the vendor's kernels compute the own keys' part (`vendor_attention`), and these kernels add the
+prefix's. Both ways give and take the same y and lse, and forward and backward choose apart. The vendor's backward uses
+atomics: under torch.use_deterministic_algorithms backward stays here.
 """
 
 from typing import Any
@@ -28,6 +32,7 @@ import torch
 import triton
 from torch import Tensor
 
+from . import vendor_attention
 from ._launch import Tile, chip, launch, needs_int64, precision, unit
 from .prefix_backward import attention_dkv_kernel, attention_dq_kernel, sum_prefix_grads_kernel
 from .prefix_forward import attention_fwd_kernel, attention_mask_kernel
@@ -45,6 +50,11 @@ def _empty_heads(like: Tensor) -> Tensor:
     Z, H, S, DH = like.shape
     strides = (S * H * DH, DH, H * DH, 1)  # no view in autograd's eyes
     return torch.empty_strided((Z, H, S, DH), strides, dtype=like.dtype, device=like.device)
+
+
+def _in_heads(x: Tensor) -> Tensor:
+    """x in that layout, copied only where it has another one."""
+    return x if x.transpose(1, 2).is_contiguous() else _empty_heads(x).copy_(x)
 
 
 def _block(length: int, most: int, least: int) -> int:
@@ -142,6 +152,9 @@ class _Call:
         self.sizes = (self.Z, self.S, self.T, self.P, self.H_KV, self.window)
         self.mask_strides = (0, 0, 0, 0) if self.mask is None else self.mask.stride()
         self.crowded = (softcap is not None, gate is not None)
+        # What the vendor's kernels take besides dy, y and lse, and whether nothing is asked for that they do not know.
+        self.own = (*self.inputs[:3], options["is_causal"], scale)
+        self.plain = attn_mask is None and window is None and softcap is None and gate is None
         self.constants: dict[str, Any] = {
             "CAUSAL": options["is_causal"],
             "SOFTCAP": softcap is not None,
@@ -173,6 +186,10 @@ class _Call:
         sequences = [tensor[:1] for tensor in tensors] + ([] if self.mask is None else [self.mask[:1]])
         return {"UNIT": unit(*self.strides(*tensors)), "WIDE": needs_int64(*sequences)}
 
+    def served_by_vendor(self, threshold: int) -> bool:
+        """Whether the vendor's kernels compute the own keys' part."""
+        return self.plain and not threshold and vendor_attention.serves(*self.own)
+
 
 def attention_fwd(
     query: Tensor,
@@ -197,9 +214,14 @@ def attention_fwd(
     """
     options = {"is_causal": is_causal, "sliding_window": sliding_window, "softcap": softcap, "scale": scale}
     call = _Call(query, key, value, prefix_key, prefix_value, attn_mask, gate, options)
-    y = _empty_heads(query)
     shape = (1 if gate is None else 3, call.Z, call.H, call.S)
-    lse = torch.empty(shape, dtype=_accumulator(query.dtype), device=query.device)
+    own: tuple[Tensor, Tensor] | tuple[None, None]
+    if call.served_by_vendor(threshold):
+        y, lse = vendor_attention.fwd(*call.own)
+        own = y, lse = _in_heads(y), lse.view(shape)
+    else:
+        y, lse = _empty_heads(query), torch.empty(shape, dtype=_accumulator(query.dtype), device=query.device)
+        own = None, None
     tile = call.tile("fwd")
     blocks = call.blocks(tile)
     launch(
@@ -208,6 +230,7 @@ def attention_fwd(
         *call.inputs,
         call.mask,
         None if gate is None else gate.contiguous(),
+        *own,
         y,
         lse,
         *call.factors,
@@ -254,8 +277,13 @@ def attention_bwd(
     dy, y = _features_first(dy), _features_first(y)
     grads: dict[str, Tensor] = {}
     delta = torch.empty_like(lse if gate is None else lse[:2])
-    if needs - {"value", "prefix_value"}:
-        dq = _empty_heads(query) if "query" in needs else None
+    wants_own = bool(needs & {"query", "key", "value"})
+    if wants_own and not torch.are_deterministic_algorithms_enabled() and call.served_by_vendor(threshold):
+        own = zip(("query", "key", "value"), vendor_attention.bwd(dy, y, lse[0], *call.own), strict=True)
+        grads = {name: _in_heads(grad) for name, grad in own if name in needs}
+    own_dq, left = grads.get("query"), needs - grads.keys()
+    if left - {"value", "prefix_value"} or own_dq is not None:
+        dq = _empty_heads(query) if "query" in left else own_dq
         tile = call.tile("dq")
         blocks = call.blocks(tile)
         launch(
@@ -268,6 +296,7 @@ def attention_bwd(
             y,
             lse,
             delta,
+            own_dq,
             dq,
             *call.factors,
             scale,
@@ -289,7 +318,7 @@ def attention_bwd(
             # In fp64, for of long sums the eager ones are the more exact: they add the terms of each row first.
             total = delta[1].sum((0, 2), dtype=torch.float64)
             grads["gate"] = (total * (65536 / (65536 - threshold))).to(gate.dtype)
-    if needs & {"key", "value"}:
+    if left & {"key", "value"}:
         dk, dv = (_empty_heads(like) if name in needs else None for name, like in (("key", key), ("value", value)))
         _launch_dkv(call, OWN, dy, gate, lse, delta[0], dk, dv, scale, seed, threshold, 0, call.Z)
         grads["key"], grads["value"] = dk, dv

@@ -54,6 +54,7 @@ def attention_dq_kernel(
     y_ptr,
     lse_ptr,
     delta_ptr,
+    own_dq_ptr,
     dq_ptr,
     inner: tl.float64,
     outer: tl.float64,
@@ -108,6 +109,9 @@ def attention_dq_kernel(
 ):
     """dq of a block of rows, and δ / c of each, what dk and the prefix's gradients take: (Z, H, S), with a gate
     (2, Z, H, S), own and prefix.
+
+    With own_dq, the own keys' part of dq, it walks the prefix and adds its part. own_dq is laid out as dq, and may be
+    the same memory.
     """
     X_DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     DTYPE: tl.constexpr = accumulator(X_DTYPE)
@@ -210,18 +214,22 @@ def attention_dq_kernel(
             dw = products(dy, v, DTYPE, KEYS_FIRST, PRECISION)
             dw = dropped(dw, seed_ptr, threshold, rows, col, PREFIX)
             dq = dot(_logit_grad(w, dw, prefix_delta, slope, X_DTYPE), k, dq, PRECISION)
-        for col in range(start, end, BLOCK_N):
-            j = col + tl.arange(0, BLOCK_N)
-            k = features(k_ptr, offsets(j, stride_kt, UNIT, WIDE), j < T, X_DTYPE, DH, BLOCK_D)
-            v = features(v_ptr, offsets(j, stride_vt, UNIT, WIDE), j < T, X_DTYPE, DH, BLOCK_D)
-            x, slope = logits(q, k, i, h, col, sizes, factors, mask, OWN, CONFIG)
-            dw = products(dy, v, DTYPE, KEYS_FIRST, PRECISION)
-            dw = dropped(dw, seed_ptr, threshold, rows, col, OWN)
-            w = _weights(x, lse, log_total, BASE_2)
-            dq = dot(_logit_grad(w, dw, delta, slope, X_DTYPE), k, dq, PRECISION)
+        if own_dq_ptr is None:
+            for col in range(start, end, BLOCK_N):
+                j = col + tl.arange(0, BLOCK_N)
+                k = features(k_ptr, offsets(j, stride_kt, UNIT, WIDE), j < T, X_DTYPE, DH, BLOCK_D)
+                v = features(v_ptr, offsets(j, stride_vt, UNIT, WIDE), j < T, X_DTYPE, DH, BLOCK_D)
+                x, slope = logits(q, k, i, h, col, sizes, factors, mask, OWN, CONFIG)
+                dw = products(dy, v, DTYPE, KEYS_FIRST, PRECISION)
+                dw = dropped(dw, seed_ptr, threshold, rows, col, OWN)
+                w = _weights(x, lse, log_total, BASE_2)
+                dq = dot(_logit_grad(w, dw, delta, slope, X_DTYPE), k, dq, PRECISION)
         # dq = scale · dl [kp; k]
+        dq *= factor
         dq_offs = offsets(h, stride_dqh, UNIT, WIDE) + offsets(i, stride_dqs, UNIT, WIDE)
-        store_features(dq_ptr + z * stride_dqz, dq_offs, valid, dq * factor, DH, BLOCK_D)
+        if own_dq_ptr is not None:
+            dq += features(own_dq_ptr + z * stride_dqz, dq_offs, valid, DTYPE, DH, BLOCK_D)
+        store_features(dq_ptr + z * stride_dqz, dq_offs, valid, dq, DH, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["threshold"])

@@ -12,6 +12,7 @@ from .prefix_tile import (
     exponential,
     features,
     head_gate,
+    in_units,
     keys_seen,
     logarithm,
     logits,
@@ -44,6 +45,8 @@ def attention_fwd_kernel(
     pv_ptr,
     mask_ptr,
     gate_ptr,
+    own_y_ptr,
+    own_lse_ptr,
     y_ptr,
     lse_ptr,
     inner: tl.float64,
@@ -95,6 +98,9 @@ def attention_fwd_kernel(
     lse (Z, H, S) is the joint one. With a gate it is (3, Z, H, S): of the own keys the largest logit and the log of the
     sum of exponentials below it, in the units of the logits, and the prefix's. Apart, since a mask of large negative
     numbers, under which all keys of a row may be, would take up all digits of their sum.
+
+    With own_y and own_lse, those of the own keys alone, it walks the prefix and adds it to them. They are laid out as y
+    and lse, and may be the same memory.
     """
     X_DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     DTYPE: tl.constexpr = accumulator(X_DTYPE)
@@ -126,6 +132,14 @@ def attention_fwd_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), DTYPE)
     top = tl.full((BLOCK_M,), float("-inf"), DTYPE)
     total = tl.zeros((BLOCK_M,), DTYPE)
+    y_offs = offsets(h, stride_yh, UNIT, WIDE) + offsets(i, stride_ys, UNIT, WIDE)
+    if own_y_ptr is not None:
+        # The state of the online softmax after them: Σ exp(x - lse) is 1.
+        own_lse = tl.load(own_lse_ptr + z * (H_KV * GROUP * S) + h * S + i, mask=valid, other=float("-inf"))
+        seen = own_lse != float("-inf")
+        acc = features(own_y_ptr + z * stride_yz, y_offs, valid & seen, DTYPE, DH, BLOCK_D)
+        top = in_units(own_lse, BASE_2)
+        total = tl.where(seen, 1.0, 0.0).to(DTYPE)
     if gate_ptr is None:
         for col in range(0, P, BLOCK_P):
             p = col + tl.arange(0, BLOCK_P)
@@ -133,14 +147,15 @@ def attention_fwd_kernel(
             x, _ = logits(q, k, i, h, col, sizes, factors, mask, PREFIX, CONFIG)
             v = features(pv_ptr, offsets(p, stride_pvp, UNIT, WIDE), p < P, X_DTYPE, DH, BLOCK_D)
             acc, top, total = _attend(acc, top, total, x, v, seed_ptr, threshold, rows, col, PREFIX, PRECISION)
-    last = min(S - 1, ((block + 1) * BLOCK_M - 1) // GROUP)
-    start, end = keys_seen(block * BLOCK_M // GROUP, last, sizes, CAUSAL, BLOCK_N)
-    for col in range(start, end, BLOCK_N):
-        j = col + tl.arange(0, BLOCK_N)
-        k = features(k_ptr, offsets(j, stride_kt, UNIT, WIDE), j < T, X_DTYPE, DH, BLOCK_D)
-        x, _ = logits(q, k, i, h, col, sizes, factors, mask, OWN, CONFIG)
-        v = features(v_ptr, offsets(j, stride_vt, UNIT, WIDE), j < T, X_DTYPE, DH, BLOCK_D)
-        acc, top, total = _attend(acc, top, total, x, v, seed_ptr, threshold, rows, col, OWN, PRECISION)
+    if own_y_ptr is None:
+        last = min(S - 1, ((block + 1) * BLOCK_M - 1) // GROUP)
+        start, end = keys_seen(block * BLOCK_M // GROUP, last, sizes, CAUSAL, BLOCK_N)
+        for col in range(start, end, BLOCK_N):
+            j = col + tl.arange(0, BLOCK_N)
+            k = features(k_ptr, offsets(j, stride_kt, UNIT, WIDE), j < T, X_DTYPE, DH, BLOCK_D)
+            x, _ = logits(q, k, i, h, col, sizes, factors, mask, OWN, CONFIG)
+            v = features(v_ptr, offsets(j, stride_vt, UNIT, WIDE), j < T, X_DTYPE, DH, BLOCK_D)
+            acc, top, total = _attend(acc, top, total, x, v, seed_ptr, threshold, rows, col, OWN, PRECISION)
     total = tl.where(top == float("-inf"), 1.0, total)
     acc /= total[:, None]
 
@@ -176,7 +191,6 @@ def attention_fwd_kernel(
             acc = dot(weight, v, acc, PRECISION)
     if seed_ptr is not None:
         acc *= keep_scale(threshold, DTYPE)
-    y_offs = offsets(h, stride_yh, UNIT, WIDE) + offsets(i, stride_ys, UNIT, WIDE)
     store_features(y_ptr + z * stride_yz, y_offs, valid, acc, DH, BLOCK_D)
 
 

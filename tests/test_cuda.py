@@ -1,12 +1,15 @@
 """What only a CUDA device can show."""
 
+import contextlib
+
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from peft_fast import reference, tuning, tuning_file
-from peft_fast.ops import lora_linear
+from peft_fast.ops import lora_linear, prefix_attention
 from peft_fast.ops.lora_linear import lora_linear_by
-from peft_fast.testing import assert_within_budget, lora_linear_inputs
+from peft_fast.testing import assert_within_budget, lora_linear_inputs, prefix_attention_inputs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -154,3 +157,106 @@ def test_more_than_2_31_elements():
     actual = [y[-64:], *torch.autograd.grad(y, (x, lora_a, lora_b), dy)]
     actual[1] = actual[1][-64:]
     assert_within_reference_budget([tensor.detach() for tensor in actual], inputs)
+
+
+def attention_inputs(dtype=torch.bfloat16, prefix_dtype=None, H_KV=2, DH=64, S=256):
+    return prefix_attention_inputs(2, 4, H_KV, S, S, 32, DH, dtype=dtype, prefix_dtype=prefix_dtype, device="cuda")
+
+
+def attention_step(inputs, causal=False, attention=prefix_attention):
+    """y and the gradients of all inputs by name."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.leaves().items()}
+    y = attention(**leaves, is_causal=causal)
+    return {"y": y.detach()} | dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), inputs.dy), strict=True))
+
+
+def assert_attention_within_budget(actual, inputs, causal=False):
+    truth = attention_step(inputs.to(torch.float64), causal, reference.prefix_attention)
+    eager = attention_step(inputs, causal, reference.prefix_attention)
+    (Z, H, S, DH), P = inputs.query.shape, inputs.prefix_key.shape[1]
+    for name, value in actual.items():
+        assert_within_budget(value, truth[name], eager[name], length=DH + Z * H * S + S + P, name=name)
+
+
+@pytest.fixture
+def vendor_calls(monkeypatch):
+    """The names of the vendor's functions that are called."""
+    from peft_fast.kernels import vendor_attention  # needs Triton
+
+    calls = []
+
+    def counted(name, function):
+        return lambda *args: calls.append(name) or function(*args)
+
+    for name in ("fwd", "bwd"):
+        monkeypatch.setattr(vendor_attention, name, counted(name, getattr(vendor_attention, name)))
+    return calls
+
+
+TORCHS_CHOICE_AND_FLASH = pytest.mark.parametrize(
+    "kernel", [contextlib.nullcontext, lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION)], ids=["torchs", "flash"]
+)
+
+
+# Of the two kernels torch chooses cuDNN's on some chips alone.
+@TORCHS_CHOICE_AND_FLASH
+@pytest.mark.parametrize("DH", [64, 128])
+@pytest.mark.parametrize("H_KV", [2, 4], ids=["grouped", "ungrouped"])
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.bfloat16, None), (torch.float16, None), (torch.bfloat16, torch.float32)],
+    ids=["bf16", "fp16", "bf16-fp32"],
+)
+def test_prefix_added_to_the_vendors_part(dtypes, causal, H_KV, DH, kernel, vendor_calls):
+    inputs = attention_inputs(*dtypes, H_KV, DH)
+    with kernel():
+        results = attention_step(inputs, causal)
+    assert vendor_calls == ["fwd", "bwd"]
+    assert_attention_within_budget(results, inputs, causal)
+
+
+# Those of models, of other code, of y.sum(): none may be taken for another in what torch keeps of cuDNN.
+@TORCHS_CHOICE_AND_FLASH
+def test_layouts_beside_the_vendors_part(kernel, vendor_calls):
+    inputs = attention_inputs()
+    dy, query = inputs.dy, inputs.query
+    for inputs.dy in (dy, dy.contiguous(), dy[:1, :1, :1, :1].expand_as(dy)):
+        for inputs.query in (query, query.contiguous(), torch.cat([query, query], 3)[..., :64]):
+            with kernel():
+                results = attention_step(inputs)
+            assert_attention_within_budget(results, inputs)
+    assert vendor_calls == ["fwd", "bwd"] * 9
+
+
+def test_short_calls_are_not_the_vendors(vendor_calls):
+    attention_step(attention_inputs(S=64))
+    assert vendor_calls == []
+
+
+def test_deterministic_backward_is_not_the_vendors(vendor_calls):
+    inputs = attention_inputs()
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (attention_step(inputs, causal=True) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert vendor_calls == ["fwd", "fwd"]
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_attention_within_budget(first, inputs, causal=True)
+
+
+def test_graph_capture_of_the_vendors_part(vendor_calls):
+    inputs = attention_inputs()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        attention_step(inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attention_step(inputs)
+    inputs.query.normal_()
+    graph.replay()
+    assert vendor_calls == ["fwd", "bwd"] * 2
+    assert_attention_within_budget(captured, inputs)
