@@ -132,11 +132,11 @@ def attention_fwd_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), DTYPE)
     top = tl.full((BLOCK_M,), float("-inf"), DTYPE)
     total = tl.zeros((BLOCK_M,), DTYPE)
-    y_offs = offsets(h, stride_yh, UNIT, WIDE) + offsets(i, stride_ys, UNIT, WIDE)
     if own_y_ptr is not None:
         # The state of the online softmax after them: Σ exp(x - lse) is 1.
         own_lse = tl.load(own_lse_ptr + z * (H_KV * GROUP * S) + h * S + i, mask=valid, other=float("-inf"))
         seen = own_lse != float("-inf")
+        y_offs = offsets(h, stride_yh, UNIT, WIDE) + offsets(i, stride_ys, UNIT, WIDE)
         acc = features(own_y_ptr + z * stride_yz, y_offs, valid & seen, DTYPE, DH, BLOCK_D)
         top = in_units(own_lse, BASE_2)
         total = tl.where(seen, 1.0, 0.0).to(DTYPE)
@@ -191,6 +191,7 @@ def attention_fwd_kernel(
             acc = dot(weight, v, acc, PRECISION)
     if seed_ptr is not None:
         acc *= keep_scale(threshold, DTYPE)
+    y_offs = offsets(h, stride_yh, UNIT, WIDE) + offsets(i, stride_ys, UNIT, WIDE)
     store_features(y_ptr + z * stride_yz, y_offs, valid, acc, DH, BLOCK_D)
 
 
