@@ -45,28 +45,4 @@ def _backward(a: Any) -> Cost:
     return read, written, asked + written, 2 * (up * count + down)
 
 
-def _up_grad(a: Any) -> Cost:
-    assert a.after_w_ptr is None, "no closed form with a LayerNorm"
-    e, w, seed, scale, splits = size(a.dy_ptr), size(a.act_ptr), seed_bytes(a), size(a.scaling_ptr), a.grid[1]
-    rows, cols, blocks_r = cdiv(a.M, a.BLOCK_M), cdiv(a.N, a.BLOCK_C), a.BLOCKS_R
-    read = a.M * a.N * e + a.M * a.R * w + seed + scale
-    written = splits * (a.N * a.R * size(a.dwu_ptr) + a.N * size(a.dbu_ptr))
-    asked = blocks_r * a.M * a.N * e + cols * a.M * a.R * w + cols * blocks_r * (rows * seed + splits * scale)
-    products = cols * a.BLOCK_C * blocks_r * a.BLOCK_R * rows * a.BLOCK_M
-    count = split_terms(a.dy_ptr.dtype, a.act_ptr.dtype) if a.SPLIT else 1
-    return read, written, asked + written, 2 * products * count * (a.dwu_ptr is not None)
-
-
-def _sum_up_grads(a: Any) -> Cost:
-    read = a.splits * a.size * size(a.partials_ptr)
-    outs = (a.dwu_ptr, a.dbu_ptr, a.dw_ptr, a.db_ptr)
-    written = sum(out.numel() * size(out) for out in outs if out is not None)
-    return read, written, read + written, 0
-
-
-KERNELS = {
-    "adapter_fwd_kernel": _forward,
-    "adapter_bwd_kernel": _backward,
-    "_up_grad_kernel": _up_grad,
-    "_sum_up_grads_kernel": _sum_up_grads,
-}
+KERNELS = {"adapter_fwd_kernel": _forward, "adapter_bwd_kernel": _backward}

@@ -21,7 +21,7 @@ def _factor_grad(a: Any) -> Cost:
     s, stats, splits = size(a.s_ptr), size(a.stats_ptr), a.grid[1]
     w = max(size(a.df_ptr), size(a.dbias_ptr), size(a.ds_ptr))
     rows, cols, blocks_r = cdiv(a.M, a.BLOCK_M), cdiv(a.K, a.BLOCK_K), cdiv(a.R, a.BLOCK_R)
-    scale *= a.ds_ptr is not None
+    scale *= a.ds_ptr is not None or a.SCALED
     read = a.M * a.K * e + a.M * a.R * s + a.K * a.R * f + 2 * a.M * stats + seed + scale
     written = w * (
         splits * a.K * a.R * (a.df_ptr is not None)
@@ -29,7 +29,7 @@ def _factor_grad(a: Any) -> Cost:
         + cols * a.M * a.R * (a.ds_ptr is not None)
     )
     asked = blocks_r * a.M * a.K * e + cols * a.M * a.R * s + splits * a.K * a.R * f
-    asked += cols * blocks_r * (2 * a.M * stats + rows * (seed + scale))
+    asked += cols * blocks_r * (2 * a.M * stats + rows * seed + (splits if a.SCALED else rows) * scale)
     products = rows * a.BLOCK_M * cols * a.BLOCK_K * blocks_r * a.BLOCK_R
     count = 0
     if a.df_ptr is not None:

@@ -89,9 +89,7 @@ def adapter_terms(M: int, K: int, R: int, *, e: int, f: int, dropout: bool, reco
     seed            four times 8 bytes with dropout
     """
     w = 8 if e == 8 else 4
-    (rows,), (up,), (down,) = (
-        _kernels(records, name) for name in ("adapter_bwd_kernel", "_up_grad_kernel", "_factor_grad_kernel")
-    )
+    (rows,), (up, down) = (_kernels(records, name) for name in ("adapter_bwd_kernel", "_factor_grad_kernel"))
     several = rows.constexprs["BLOCKS_R"] > 1
     return {
         "activations": e * 6 * M * K,

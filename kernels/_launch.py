@@ -1,6 +1,7 @@
 """What every launcher shares: launching on the right device, 64-bit offsets, the kind of chip, recorded launches."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -47,18 +48,53 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_s
     if recorded is not None:
         recorded[1].append(Launch(kernel, grid, args, constexprs, num_warps, num_stages))
         return
-    first = next(arg for arg in args if isinstance(arg, Tensor))
-    with torch.cuda.device_of(first) if first.is_cuda else contextlib.nullcontext():
-        kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
+    device = next(arg for arg in args if isinstance(arg, Tensor)).device
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    if device.type != "cuda" or torch.version.hip:
+        kernel[grid](*args, **constexprs, **options)
+    elif device.index == torch.cuda.current_device():
+        _run(kernel, grid, args, constexprs, options, device.index)
+    else:
+        with torch.cuda.device(device):
+            _run(kernel, grid, args, constexprs, options, device.index)
+
+
+# What `kernel[grid](...)` compiled, by what Triton compiles anew for. Its own look-up takes longer than most of our
+# kernels run, and a training step of small layers has nothing else to wait for.
+_compiled: dict[tuple, Any] = {}
+
+
+def _run(
+    kernel: Any, grid: tuple, args: tuple, constexprs: dict[str, Any], options: dict[str, int], index: int
+) -> None:
+    constants = [constexprs[name] for name in kernel.arg_names[len(args) :]]
+    key = (kernel, index, *options.values(), *constants, *map(_specialization, args))
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[grid](*args, **constexprs, **options)
+    else:
+        compiled[(*grid, 1, 1)[:3]](*args, *constants)
+
+
+def _specialization(arg: Any) -> Any:
+    """What the code compiled for a kernel may take for granted of an argument: at least as fine as Triton's own."""
+    if type(arg) is int:
+        return arg if arg == 1 else (arg % 16 == 0, -(2**31) <= arg < 2**31)
+    if arg is None or type(arg) is float:
+        return type(arg)
+    return arg.dtype, arg.data_ptr() % 16 == 0
 
 
 def needs_int64(*tensors: Tensor | None) -> bool:
     """Whether an element of one of the tensors lies 2^31 elements or more behind its first."""
-    return any(
-        sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) >= 2**31
-        for tensor in tensors
-        if tensor is not None and tensor.numel() > 0
-    )
+    for tensor in tensors:
+        if tensor is not None and tensor.numel():
+            last = 0
+            for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+                last += (size - 1) * stride
+            if last >= 2**31:
+                return True
+    return False
 
 
 def unit(*operands: Tensor | int) -> int:
@@ -72,6 +108,9 @@ def unit(*operands: Tensor | int) -> int:
         for value in ([operand] if isinstance(operand, int) else [s for s in operand.stride() if s != 1])
     ]
     return math.gcd(8, *values)
+
+
+_capability = functools.cache(torch.cuda.get_device_capability)
 
 
 def chip(device: torch.device) -> str:
@@ -90,7 +129,7 @@ def chip(device: torch.device) -> str:
     elif torch.version.hip:
         return "gfx9"
     else:
-        capability = torch.cuda.get_device_capability(device)
+        capability = _capability(device)
     return {(8, 0): "sm80", (8, 7): "sm80", (9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}.get(capability, "sm86")
 
 

@@ -13,6 +13,10 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # Philox4x32 passes BigCrush from 7 rounds on (Salmon et al. 2011, table 2); 10 would only cost more.
 PHILOX_ROUNDS = tl.constexpr(7)
 
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E_REST = tl.constexpr(1.925963033500e-8)  # what fp32 lacks of it
+
 
 @triton.jit
 def swizzle(pid, rows, cols, GROUP: tl.constexpr):
@@ -115,9 +119,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     times too large, which is exact.
 
     What is to have fp32's accuracy is summed apart and added to `acc` once: a single chain of K sums would round as
-    often as it is long, and tensor cores truncate.
+    often as it is long, and tensor cores truncate. Beside a constant zero Triton would make one chain of it again.
     """
-    zero = tl.zeros_like(acc)
+    zero = tl.where(acc == acc, 0.0, acc)
     if a.dtype != b.dtype:
         if a.dtype == tl.bfloat16:
             hi, mid, lo = _terms(b)
@@ -167,6 +171,19 @@ def dot_rounded(a, b, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     else:
         acc = dot(cast(a, DTYPE), cast(b, DTYPE), acc, PRECISION)
     return acc
+
+
+@triton.jit
+def exp(x):
+    """e^x, in fp32 as exact as torch's: tl.exp rounds x · log2(e) before it takes the power of 2."""
+    if x.dtype != tl.float32 or INTERPRETED:
+        power = tl.exp(x)
+    else:
+        exponent = x * LOG2E
+        rest = tl.fma(x, tl.full(x.shape, LOG2E, tl.float32), -exponent) + x * LOG2E_REST
+        power = tl.exp2(exponent)
+        power = tl.where(tl.abs(exponent) < 256, power + power * (rest * LN2), power)
+    return power
 
 
 @triton.jit

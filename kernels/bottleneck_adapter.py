@@ -37,9 +37,9 @@ import triton
 from torch import Tensor
 
 from ._launch import launch, needs_int64, precision, rank_block, unit
-from .bottleneck_grads import down_grad, up_grad
+from .bottleneck_norm import down_grad
 from .bottleneck_rows import Norm, adapter_bwd_kernel, adapter_fwd_kernel, adapter_tile, dense
-from .skinny import _accumulator, _scaling_arguments, _sum_partials, factor_grad
+from .skinny import _accumulator, _scaling_arguments, _sums, factor_grad
 
 
 def adapter_fwd(
@@ -155,37 +155,30 @@ def adapter_bwd(
     need_dbd = "down_bias" in needs or (norm_before is not None and bool(needs & {"down_weight", "norm_before"}))
     need_dresidual = "residual" in needs and through_norm
     need_g = bool(needs & {"up_weight", "up_bias"})
-    need_act = "up_weight" in needs or (norm_after is not None and bool(needs & {"up_bias", "norm_after"}))
+    skips_norm = skips and through_norm and "x" in needs
 
     dense_dy, x, down_weight, up_weight = _rows(dy), _rows(x), down_weight.contiguous(), up_weight.contiguous()
     residual = _rows(residual) if residual is not None and through_norm else None
     tile = adapter_tile(x, down_weight, R, norm_after)
     block_r = rank_block(R, tile)
     blocks_r, rows = triton.cdiv(R, block_r), triton.cdiv(M, tile.rows)
-    constants: dict[str, Any] = {
-        "SPLIT": down_weight.dtype != x.dtype,
-        "BLOCK_M": tile.rows,
-        "BLOCK_C": tile.cols,
-        "BLOCK_R": block_r,
-        "BLOCKS_R": blocks_r,
-        "X_UNIT": unit(K, N, *(tensor.stride(0) for tensor in (dense_dy, x, residual) if tensor is not None)),
-        "R_UNIT": unit(R),
-        "WIDE": needs_int64(dense_dy, x, residual, down_weight, up_weight, z) or M * max(K, N) > 2**31,
-        "PRECISION": precision(x.dtype),
-    }
+    split = down_weight.dtype != x.dtype
 
     def empty(*shape: int, dtype: torch.dtype = wide) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
 
     grads: dict[str, Any] = {}
-    sums = empty(2, M) if norm_after is not None and need_g else None
-    act = empty(M, R) if need_act or (norm_after is not None and blocks_r > 1) else None
+    act = empty(M, R) if "up_weight" in needs or (norm_after is not None and blocks_r > 1) else None
     dz = empty(M, R) if need_dz else None
     dx = empty(M, K, dtype=x.dtype) if "x" in needs else None
-    dresidual = empty(M, N, dtype=x.dtype) if need_dresidual else None
+    dh = after_dw = after_db = None
+    if norm_after is not None and (need_g or need_dresidual or skips_norm):
+        dh = empty(M, N, dtype=wide if need_g and split else x.dtype)
+    if "norm_after" in needs:
+        after_dw, after_db = empty(rows, N), empty(rows, N)
     dbd = empty(rows, R) if need_dbd else None
     dscaling = empty(rows) if "scaling" in needs else None
-    if need_act or any(out is not None for out in (dz, dresidual, dscaling)):
+    if any(out is not None for out in (act, dz, dh, after_dw, dscaling)):
         launch(
             adapter_bwd_kernel,
             (rows,),
@@ -198,11 +191,12 @@ def adapter_bwd(
             z,
             stats_before,
             stats_after,
-            sums,
             act,
             dz,
             dx,
-            dresidual,
+            dh,
+            after_dw,
+            after_db,
             dbd,
             dscaling,
             *_scaling_arguments(scaling),
@@ -217,22 +211,39 @@ def adapter_bwd(
             0 if residual is None else residual.stride(0),
             ACTIVATION=activation,
             SKIP="none" if not skips else "dh" if through_norm else "dy",
-            **constants,
+            SPLIT=split,
+            BLOCK_M=tile.rows,
+            BLOCK_C=tile.cols,
+            BLOCK_R=block_r,
+            BLOCKS_R=blocks_r,
+            X_UNIT=unit(K, N, *(tensor.stride(0) for tensor in (dense_dy, x, residual) if tensor is not None)),
+            R_UNIT=unit(R),
+            WIDE=needs_int64(dense_dy, x, residual, down_weight, up_weight, z) or M * max(K, N) > 2**31,
+            PRECISION=precision(x.dtype),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-    if need_g or "norm_after" in needs:
-        act = z if act is None else act
-        outer = (dense_dy, residual, up_weight, up_bias, norm_after, act, stats_after, sums, scaling, threshold, seed)
-        grads.update(up_grad(*outer, needs, constants))
-    if dbd is not None:
-        dbd = _sum_partials(dbd, down_weight.dtype if norm_before is None else wide)
-        grads["down_bias"] = dbd.to(down_weight.dtype)
+    if need_g:
+        grads["up_weight"], grads["up_bias"], _ = factor_grad(
+            dense_dy if norm_after is None else dh,
+            act,
+            up_weight,
+            scaling,
+            threshold,
+            seed,
+            scaled=True,
+            needs=("up_weight" in needs, "up_bias" in needs, False),
+        )
+    dtype = down_weight.dtype
+    if dbd is not None or after_dw is not None:
+        dbd, *after = _sums((dbd, dtype if norm_before is None else wide), (after_dw, dtype), (after_db, dtype))
+        grads["down_bias"] = None if dbd is None else dbd.to(dtype)
+        grads["norm_after"] = tuple(after)
     if norm_before is not None and needs & {"down_weight", "norm_before"}:
         grads.update(down_grad(x, dz, dbd, down_weight, norm_before, stats_before, needs))
     elif "down_weight" in needs:
         grads["down_weight"], _, _ = factor_grad(x, dz, down_weight.mT, transposed=True, needs=(True, False, False))
     if dscaling is not None:
         grads["scaling"] = dscaling.sum().to(scaling.dtype).view(scaling.shape)
-    grads["x"], grads["residual"] = dx, dresidual if through_norm else dy
+    grads["x"], grads["residual"] = dx, dh.to(x.dtype) if need_dresidual else dy
     return {name: grads[name] for name in needs}

@@ -12,8 +12,12 @@ from .skinny import _coefficient
 Norm = tuple[Tensor, Tensor]
 
 
-# As in `_launch` the largest tiles that ptxas compiles without stack or spills, which
-# tests/test_codegen.py holds them to; read off compiled code, not timed.
+_ROWS_TO_FILL = 4096  # with blocks of 32 rows, all multiprocessors of a large chip
+
+
+# As in `_launch` tiles that ptxas compiles without stack or spills, which tests/test_codegen.py holds them to. Those of
+# sm90 are timed on an H100: what counts is how many programs run side by side, as each waits for memory at every step.
+# The others are the largest, read off compiled code.
 def adapter_tile(x: Tensor, weight: Tensor, R: int, norm_after: Norm | None) -> Tile:
     """A block of rows, and the columns of K or N and the block of R that a step takes."""
     kind = chip(x.device)
@@ -21,15 +25,20 @@ def adapter_tile(x: Tensor, weight: Tensor, R: int, norm_after: Norm | None) -> 
         return Tile(32, 128, 0, 64, 4, 1)
     if x.element_size() > 2:
         return Tile(32, 32, 0, 16, 8, 1)
-    mixed, with_wgmma = weight.dtype != x.dtype, kind == "sm90"
+    mixed = weight.dtype != x.dtype
+    if kind == "sm90":
+        rank = 64 if mixed or R <= 64 else 128
+        if norm_after is not None:
+            return Tile(32, 64 if rank == 64 else 32, 0, rank, 4, 3)
+        if x.shape[0] < _ROWS_TO_FILL:
+            return Tile(16, 256 if rank == 64 else 128, 0, rank, 8, 3)
+        return Tile(32, 128 if mixed or rank == 128 else 256, 0, rank, 4, 3)
     if norm_after is None:
         # Triton 3.7 fails to compile backward's sums over rows beside tcgen05, which takes 64 rows: 32 take mma.sync.
         rows = 32 if kind == "sm100" else 64
-        return Tile(rows, 64, 0, 128 if not mixed else 64 if with_wgmma else 32, 8, 2)
+        return Tile(rows, 64, 0, 32 if mixed else 128, 8, 2)
     # h is alive beside its gradient.
-    if mixed:
-        return Tile(32 if kind == "sm100" else 64, 32, 0, 64 if with_wgmma and R <= 64 else 32, 8, 2)
-    return Tile(64, 32, 0, 128 if R <= 128 else 64, 8, 2) if with_wgmma else Tile(32, 32, 0, 128, 8, 2)
+    return Tile(32 if kind == "sm100" else 64, 32, 0, 32, 8, 2) if mixed else Tile(32, 32, 0, 128, 8, 2)
 
 
 @triton.jit
@@ -290,11 +299,12 @@ def adapter_bwd_kernel(
     z_ptr,
     stats_before_ptr,
     stats_after_ptr,
-    sums_ptr,
     act_ptr,
     dz_ptr,
     dx_ptr,
-    dresidual_ptr,
+    dh_ptr,
+    after_dw_ptr,
+    after_db_ptr,
     dbd_ptr,
     dscaling_ptr,
     scaling: tl.float64,
@@ -320,10 +330,11 @@ def adapter_bwd_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What a block of rows gives: act(z) and dz (M, R), dx, dresidual and the means that dh takes, sums (2, M).
+    """What a block of rows gives: act(z) and dz (M, R), dx, and dh (M, N) where there is LN_after.
 
-    And of all rows' sums its part: dbd (programs, R), dscaling (programs,). SKIP is the gradient of the residual that
-    dx takes up: "dy", "dh" or none. residual is read only where LN_after is taken over it.
+    And of all rows' sums its part: LN_after's dw and db (programs, N), dbd (programs, R), dscaling (programs,). SKIP is
+    the gradient of the residual that dx takes up: "dy", "dh" or none. residual is read only where LN_after is taken
+    over it.
     """
     K = K // X_UNIT * X_UNIT
     N = N // X_UNIT * X_UNIT
@@ -372,18 +383,19 @@ def adapter_bwd_kernel(
             hat = h_tile(a, scale, row, col, sizes, pointers, coefficient, threshold, stride_rm, CONFIG)
             hat = (hat - mean[:, None]) * rstd[:, None]
             dy = load_tile(dy_ptr, offs_m, offs_n, M, N, stride_dym, 1, X_UNIT, WIDE).to(DTYPE)
+            if after_dw_ptr is not None:
+                part = pid.to(tl.int64) * N + offs_n
+                tl.store(after_dw_ptr + part, tl.sum(dy * hat, 0), mask=offs_n < N)
+                tl.store(after_db_ptr + part, tl.sum(dy, 0), mask=offs_n < N)
             dy *= load_row(after_w_ptr, offs_n, N, DTYPE)
             sum_dy += tl.sum(dy, 1)
             sum_dy_hat += tl.sum(dy * hat, 1)
         sum_dy /= max(N, 1)
         sum_dy_hat /= max(N, 1)
-        if sums_ptr is not None:
-            tl.store(sums_ptr + offs_m, sum_dy, mask=mask_m)
-            tl.store(sums_ptr + M + offs_m, sum_dy_hat, mask=mask_m)
 
     dz = tl.zeros((BLOCK_M, BLOCK_R), DTYPE)
     dscaling = tl.zeros((BLOCK_M,), DTYPE)
-    if NEED_DA or dresidual_ptr is not None:
+    if NEED_DA or dh_ptr is not None:
         for block_r in range(BLOCKS_R):
             offs_r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
             da = tl.zeros((BLOCK_M, BLOCK_R), DTYPE)
@@ -396,10 +408,10 @@ def adapter_bwd_kernel(
                     weight = load_row(after_w_ptr, offs_n, N, DTYPE)
                     g = norm_grad(g, hat, rstd, sum_dy, sum_dy_hat, weight)
                     g = tl.where((offs_n < N)[None, :], g, 0.0)
-                    if dresidual_ptr is not None:
+                    if dh_ptr is not None:
                         mask = mask_m[:, None] & (offs_n < N)[None, :] & (block_r == 0)
-                        out_ptrs = tile_ptrs(dresidual_ptr, offs_m, offs_n, N, 1, X_UNIT, WIDE)
-                        tl.store(out_ptrs, cast(g, X_DTYPE), mask=mask)
+                        out_ptrs = tile_ptrs(dh_ptr, offs_m, offs_n, N, 1, X_UNIT, WIDE)
+                        tl.store(out_ptrs, cast(g, dh_ptr.dtype.element_ty), mask=mask)
                 if seed_ptr is not None:
                     g = tl.where(keep_mask(seed_ptr, threshold, row, col, BLOCK_M, BLOCK_C), g, 0.0)
                 if NEED_DA:
@@ -421,7 +433,7 @@ def adapter_bwd_kernel(
         tl.store(dscaling_ptr + pid, tl.sum(dscaling, 0) * keep)
 
     if dx_ptr is not None:
-        if BLOCKS_R > 1:
+        if BLOCKS_R > 1 or SKIP == "dh":
             tl.debug_barrier()
         dz, dz_scale = operand(dz, X_DTYPE, False)
         if before_w_ptr is not None:
@@ -444,14 +456,10 @@ def adapter_bwd_kernel(
                 x = load_tile(x_ptr, offs_m, offs_k, M, K, stride_xm, 1, X_UNIT, WIDE).to(DTYPE)
                 hat = (x - x_mean[:, None]) * x_rstd[:, None]
                 dx = norm_grad(dx, hat, x_rstd, sum_dx, sum_dx_hat, load_row(before_w_ptr, offs_k, K, DTYPE))
-            if SKIP != "none":
-                g = load_tile(dy_ptr, offs_m, offs_k, M, N, stride_dym, 1, X_UNIT, WIDE)
-                if SKIP == "dh":
-                    hat = h_tile(a, scale, row, col, sizes, pointers, coefficient, threshold, stride_rm, CONFIG)
-                    hat = (hat - mean[:, None]) * rstd[:, None]
-                    weight = load_row(after_w_ptr, offs_k, N, DTYPE)
-                    g = norm_grad(g, hat, rstd, sum_dy, sum_dy_hat, weight)
-                dx += g.to(DTYPE)
+            if SKIP == "dy":
+                dx += load_tile(dy_ptr, offs_m, offs_k, M, N, stride_dym, 1, X_UNIT, WIDE).to(DTYPE)
+            if SKIP == "dh":
+                dx += load_tile(dh_ptr, offs_m, offs_k, M, N, N, 1, X_UNIT, WIDE).to(DTYPE)
             mask = mask_m[:, None] & (offs_k < K)[None, :]
             tl.store(tile_ptrs(dx_ptr, offs_m, offs_k, K, 1, X_UNIT, WIDE), cast(dx, X_DTYPE), mask=mask)
 

@@ -40,7 +40,7 @@ def _matmul_tile(x: Tensor, R: int, name: str = "") -> Tile:
         return Tile(128, 128, 64, 64, 8, 3)
     if kind == "gfx9":
         return Tile(256, 128, 64, 64, 8, 2)
-    return Tile(128, 256, 64, 64, 8, 3)
+    return Tile(128, 256, 64, 64, 8, 4 if kind == "sm90" and R <= 16 else 3)
 
 
 def _update_tile(out: Tensor) -> Tile:

@@ -62,26 +62,30 @@ def _block(length: int, most: int, least: int) -> int:
 
 
 # As in `_launch` tiles that ptxas compiles without stack or spills, which tests/test_codegen.py and, for every call,
-# `python -m benchmarks.codegen` hold them to; read off compiled code, not timed. (rows, keys, warps) by the padded head
-# size; "wide" are chips with room for the operands of wgmma or tcgen05.
+# `python -m benchmarks.codegen` hold them to. (rows, keys, warps, stages) by the padded head size: those of sm90 for 64
+# and 128 timed on an H100, the others read off compiled code.
 _TILES = {
     "fwd": {
-        "wide": {64: (128, 64, 8), 128: (128, 64, 8), 256: (64, 32, 8)},
-        "sm80": {64: (128, 64, 8), 128: (64, 64, 8), 256: (64, 32, 8)},
-        "sm86": {64: (128, 64, 8), 128: (64, 64, 8), 256: (32, 64, 8)},
-        "gfx9": {64: (128, 32, 4), 128: (128, 32, 4), 256: (64, 32, 4)},
+        "sm90": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 32, 8, 2)},
+        "sm100": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "sm80": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
+        # Two stages of 64 keys of 256 features do not fit 100 KiB.
+        "sm86": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 1)},
+        "gfx9": {64: (128, 32, 4, 1), 128: (128, 32, 4, 1), 256: (64, 32, 4, 1)},
     },
     "dq": {
-        "wide": {64: (128, 64, 8), 128: (128, 32, 8), 256: (64, 32, 8)},
-        "sm80": {64: (128, 32, 8), 128: (32, 32, 4), 256: (32, 32, 8)},
-        "sm86": {64: (128, 32, 8), 128: (32, 32, 4), 256: (32, 32, 8)},
-        "gfx9": {64: (64, 32, 4), 128: (64, 32, 4), 256: (32, 32, 4)},
+        "sm90": {64: (64, 32, 4, 3), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
+        "sm100": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
+        "sm80": {64: (128, 32, 8, 2), 128: (32, 32, 4, 2), 256: (32, 32, 8, 2)},
+        "sm86": {64: (128, 32, 8, 2), 128: (32, 32, 4, 2), 256: (32, 32, 8, 2)},
+        "gfx9": {64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
     },
     "dkv": {
-        "wide": {64: (64, 64, 8), 128: (64, 64, 8), 256: (32, 32, 8)},
-        "sm80": {64: (32, 64, 4), 128: (32, 64, 8), 256: (32, 32, 8)},
-        "sm86": {64: (32, 64, 4), 128: (32, 64, 8), 256: (32, 32, 8)},
-        "gfx9": {64: (32, 64, 4), 128: (32, 64, 8), 256: (32, 32, 4)},
+        "sm90": {64: (32, 64, 4, 2), 128: (64, 64, 4, 2), 256: (32, 32, 8, 2)},
+        "sm100": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
+        "sm80": {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
+        "sm86": {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
+        "gfx9": {64: (32, 64, 4, 1), 128: (32, 64, 8, 1), 256: (32, 32, 4, 1)},
     },
 }
 # fp32: operands of IEEE products are registers. ptxas gives away a few bytes of stack for one block more, and where it
@@ -122,13 +126,10 @@ def _tile(kernel: str, query: Tensor, BLOCK_D: int, softcap: bool, gate: bool) -
         if gate and (kernel, size, kind) == ("fwd", 128, "sm100"):
             warps = 8
         return Tile(rows, keys, 0, 0, warps, 1)
-    wide = kind in ("sm90", "sm100")
-    rows, keys, warps = _TILES[kernel]["wide" if wide else kind][size]
-    if (softcap or gate) and wide and (kernel, BLOCK_D) in (("dq", 256), ("dkv", 128)):
+    rows, keys, warps, stages = _TILES[kernel][kind][size]
+    if (softcap or gate) and kind in ("sm90", "sm100") and (kernel, BLOCK_D) in (("dq", 256), ("dkv", 128)):
         rows, keys = 32, 32 if kind == "sm100" else keys
-    # Two stages of 64 keys of 256 features do not fit 100 KiB.
-    one_stage = kind == "gfx9" or (kind == "sm86" and (kernel, size) == ("fwd", 256))
-    return Tile(rows, keys, 0, 0, warps, 1 if one_stage else 2)
+    return Tile(rows, keys, 0, 0, warps, stages)
 
 
 class _Call:

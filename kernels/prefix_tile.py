@@ -4,10 +4,7 @@ import triton
 import triton.language as tl
 
 from ._activation import _tanh
-from ._tl import accumulator, cast, dot, keep_rows, offsets
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+from ._tl import LN2, LOG2E, accumulator, cast, dot, exp, keep_rows, offsets
 
 # Beside 16-bit inputs logits are held in units of log 2, so that a weight is one exp2. In fp32 and fp64 the roundings
 # of a lse that goes from one unit to the other and back would show: there all are natural.
@@ -20,7 +17,7 @@ def base_2(dtype):
 
 @triton.jit
 def exponential(x, BASE_2: tl.constexpr):
-    return tl.exp2(x) if BASE_2 else tl.exp(x)
+    return tl.exp2(x) if BASE_2 else exp(x)
 
 
 @triton.jit

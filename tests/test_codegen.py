@@ -20,7 +20,7 @@ from benchmarks.codegen import faults
 
 KERNELS = {
     "lora_linear": {"shrink", "factor_grad", "sum_partials", "matmul", "update"},
-    "bottleneck_adapter": {"adapter_fwd", "adapter_bwd", "up_grad", "factor_grad", "sum_up_grads", "sum_partials"},
+    "bottleneck_adapter": {"adapter_fwd", "adapter_bwd", "factor_grad", "sum_partials"},
     "prefix_attention": {"attention_fwd", "attention_dq", "attention_dkv", "sum_prefix_grads"},
 }
 

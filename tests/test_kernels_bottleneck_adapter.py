@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 
 from peft_fast import reference
-from peft_fast.kernels import bottleneck_adapter, bottleneck_grads, skinny
+from peft_fast.kernels import bottleneck_adapter, bottleneck_norm, skinny
 from peft_fast.kernels._launch import recording
 from peft_fast.kernels.bottleneck_adapter import adapter_bwd, adapter_fwd
 from peft_fast.kernels.dropout import dropout_mask
@@ -310,18 +310,18 @@ def kernels_launched(*needs: str, norms="plain", residual="x") -> list[str]:
 
 
 def test_no_work_for_what_is_not_needed():
-    rows, up, down, total = "adapter_bwd", "up_grad", "factor_grad", "sum_partials"
+    rows, weight, total = "adapter_bwd", "factor_grad", "sum_partials"
     assert kernels_launched() == []
     assert kernels_launched("residual", residual="other") == []
     assert kernels_launched("residual", norms="after-inside", residual="other") == []
     assert kernels_launched("residual", norms="after", residual="other") == [rows]
     assert kernels_launched("x") == kernels_launched("x", norms="both") == [rows]
-    assert kernels_launched("up_bias") == [up, "sum_up_grads"]
-    assert kernels_launched("up_weight") == [rows, up, "sum_up_grads"]
-    assert kernels_launched("norm_after", norms="after") == [rows, up, "sum_up_grads"]
+    assert kernels_launched("up_bias") == [weight, total]
+    assert kernels_launched("up_weight") == [rows, weight, total]
+    assert kernels_launched("norm_after", norms="after") == [rows, total]
     assert kernels_launched("down_bias") == [rows, total]
-    assert kernels_launched("down_weight") == [rows, down, total]
-    assert kernels_launched("norm_before", norms="before") == [rows, total, down, total, "down_grad"]
+    assert kernels_launched("down_weight") == [rows, weight, total]
+    assert kernels_launched("norm_before", norms="before") == [rows, total, weight, total, "down_grad"]
 
 
 @pytest.mark.parametrize("norms", ["plain", "both"])
@@ -426,7 +426,7 @@ def test_launches_use_64_bit_offsets_for_dx_of_an_expanded_x():
 def test_64_bit_offsets_give_the_same_bits(device, monkeypatch):
     case = make_case(40, 136, 136, 72, dtypes="bf16", norms="both", residual="other", p=0.1, device=device)
     narrow = run(case)
-    for module in (bottleneck_adapter, bottleneck_grads, skinny):
+    for module in (bottleneck_adapter, bottleneck_norm, skinny):
         monkeypatch.setattr(module, "needs_int64", lambda *tensors: True)
     wide = run(case)
     assert all(equal(narrow[name], wide[name]) for name in narrow)

@@ -12,7 +12,7 @@ from benchmarks import _bars, _models, _variants, roofline, traffic
 from benchmarks._cases import CHIPS, INTERPRETED, describe
 from benchmarks._counting import Launch, _Watch, count, saved_bytes, totals
 from benchmarks._inductor import compiled_launches
-from peft_fast.kernels import bottleneck_grads, bottleneck_rows, low_rank, prefix_attention, skinny
+from peft_fast.kernels import bottleneck_rows, low_rank, prefix_attention, skinny
 
 if torch.cuda.is_available():
     pytest.skip("kernels are counted in the interpreter, which a GPU replaces", allow_module_level=True)
@@ -42,7 +42,7 @@ def test_closed_forms_equal_the_interpreters_counts(kind, make, arguments):
 )
 def test_closed_forms_hold_for_the_tiles_of_chips(case, kind, monkeypatch):
     monkeypatch.setattr(skinny, "_LARGE", 0)
-    for module in (skinny, low_rank, bottleneck_rows, bottleneck_grads, prefix_attention):
+    for module in (skinny, low_rank, bottleneck_rows, prefix_attention):
         monkeypatch.setattr(module, "chip", lambda device: kind)
     for row in traffic.interpreted(*case):
         assert row["launches_equal"], row
