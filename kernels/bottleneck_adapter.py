@@ -72,7 +72,7 @@ def adapter_fwd(
     stats_before, stats_after = (
         None if norm is None else torch.empty((2, M), dtype=wide, device=x.device) for norm in (norm_before, norm_after)
     )
-    tile = adapter_tile(x, down_weight, R, norm_after)
+    tile = adapter_tile(x, down_weight, R, norm_before, norm_after)
     block_r = rank_block(R, tile)
     blocks_r = triton.cdiv(R, block_r)
     launch(
@@ -159,7 +159,7 @@ def adapter_bwd(
 
     dense_dy, x, down_weight, up_weight = _rows(dy), _rows(x), down_weight.contiguous(), up_weight.contiguous()
     residual = _rows(residual) if residual is not None and through_norm else None
-    tile = adapter_tile(x, down_weight, R, norm_after)
+    tile = adapter_tile(x, down_weight, R, norm_before, norm_after)
     block_r = rank_block(R, tile)
     blocks_r, rows = triton.cdiv(R, block_r), triton.cdiv(M, tile.rows)
     split = down_weight.dtype != x.dtype
@@ -173,7 +173,7 @@ def adapter_bwd(
     dx = empty(M, K, dtype=x.dtype) if "x" in needs else None
     dh = after_dw = after_db = None
     if norm_after is not None and (need_g or need_dresidual or skips_norm):
-        dh = empty(M, N, dtype=wide if need_g and split else x.dtype)
+        dh = empty(M, N, dtype=wide if split else x.dtype)
     if "norm_after" in needs:
         after_dw, after_db = empty(rows, N), empty(rows, N)
     dbd = empty(rows, R) if need_dbd else None
@@ -232,6 +232,7 @@ def adapter_bwd(
             threshold,
             seed,
             scaled=True,
+            split=split,
             needs=("up_weight" in needs, "up_bias" in needs, False),
         )
     dtype = down_weight.dtype

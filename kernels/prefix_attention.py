@@ -81,7 +81,7 @@ _TILES = {
         "gfx9": {64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
     },
     "dkv": {
-        "sm90": {64: (32, 64, 4, 2), 128: (64, 64, 4, 2), 256: (32, 32, 8, 2)},
+        "sm90": {64: (32, 64, 4, 2), 128: (32, 64, 4, 2), 256: (32, 32, 8, 2)},
         "sm100": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
         "sm80": {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
         "sm86": {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
@@ -104,10 +104,15 @@ _FP32_TILES: dict[str, dict[int, dict[str | None, tuple[int, int, int]]]] = {
     },
     "dq gate": {
         64: {None: (16, 32, 8), "sm90": (32, 32, 4)},
-        128: {None: (16, 32, 16), "gfx9": (16, 32, 8)},
+        128: {None: (16, 32, 16), "sm90": (16, 32, 8), "gfx9": (16, 32, 8)},
         256: {None: (16, 32, 8)},
     },
     "dkv": {
+        64: {None: (32, 32, 8), "sm90": (32, 32, 16)},
+        128: {None: (16, 32, 16), "sm90": (16, 32, 8), "gfx9": (16, 32, 8)},
+        256: {None: (16, 32, 8)},
+    },
+    "dkv gate": {
         64: {None: (32, 32, 8)},
         128: {None: (16, 32, 16), "gfx9": (16, 32, 8)},
         256: {None: (16, 32, 8)},
@@ -115,20 +120,25 @@ _FP32_TILES: dict[str, dict[int, dict[str | None, tuple[int, int, int]]]] = {
 }
 
 
-def _tile(kernel: str, query: Tensor, BLOCK_D: int, softcap: bool, gate: bool) -> Tile:
-    """A block of rows and a block of keys. Calls with a cap or a gate hold more in registers."""
+def _tile(kernel: str, query: Tensor, BLOCK_D: int, mask: bool, softcap: bool, gate: bool) -> Tile:
+    """A block of rows and a block of keys. Calls with a mask, a cap or a gate hold more in registers."""
     kind, size = chip(query.device), max(64, BLOCK_D)
     if kind == "interpreter":
         return Tile(64, 64, 0, 0, 4, 1)
     if query.element_size() > 2:
-        tiles = _FP32_TILES["dq gate" if gate and kernel == "dq" else kernel][size]
+        tiles = _FP32_TILES[f"{kernel} gate" if gate and kernel != "fwd" else kernel][size]
         rows, keys, warps = tiles.get(kind, tiles[None])
-        if gate and (kernel, size, kind) == ("fwd", 128, "sm100"):
+        if gate and (kernel, size, kind) in (("fwd", 128, "sm100"), ("fwd", 64, "sm90")):
             warps = 8
         return Tile(rows, keys, 0, 0, warps, 1)
     rows, keys, warps, stages = _TILES[kernel][kind][size]
-    if (softcap or gate) and kind in ("sm90", "sm100") and (kernel, BLOCK_D) in (("dq", 256), ("dkv", 128)):
-        rows, keys = 32, 32 if kind == "sm100" else keys
+    if softcap or gate:
+        if kind in ("sm90", "sm100") and (kernel, BLOCK_D) in (("dq", 256), ("dkv", 128)):
+            rows, keys, warps = 32, 32 if kind == "sm100" else 64, 8
+        elif kind == "sm90" and (kernel, BLOCK_D) == ("dq", 128):
+            rows, keys, warps = 128, 32, 8
+    elif mask and kind == "sm90" and (kernel, BLOCK_D) == ("dkv", 128):
+        keys, warps = 128, 8
     return Tile(rows, keys, 0, 0, warps, stages)
 
 
@@ -152,7 +162,7 @@ class _Call:
         self.window = None if window is None else min(window, self.S + self.T)
         self.sizes = (self.Z, self.S, self.T, self.P, self.H_KV, self.window)
         self.mask_strides = (0, 0, 0, 0) if self.mask is None else self.mask.stride()
-        self.crowded = (softcap is not None, gate is not None)
+        self.crowded = (self.mask is not None, softcap is not None, gate is not None)
         # What the vendor's kernels take besides dy, y and lse, and whether nothing is asked for that they do not know.
         self.own = (*self.inputs[:3], options["is_causal"], scale)
         self.plain = attn_mask is None and window is None and softcap is None and gate is None

@@ -17,7 +17,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import Tile, chip, launch, needs_int64, precision, rank_block, unit
-from ._tl import accumulator, cast, dot, dot_rounded, dot_split, keep_mask, keep_scale, load_stats, load_tile, tile_ptrs
+from ._tl import (
+    accumulator,
+    cast,
+    dot,
+    dot_rounded,
+    dot_split,
+    keep_mask,
+    keep_scale,
+    load_stats,
+    load_tile,
+    offsets,
+    tile_ptrs,
+)
 
 # Programs that a skinny pass is split into: about two for each multiprocessor of a large chip. A constant, so that
 # chips that share tiles also share the order of every sum, and its bits.
@@ -235,16 +247,25 @@ def _factor_grad_kernel(
 
 @triton.jit
 def _sum_in_order(
-    partials_ptr, out_ptr, block, count, size, BLOCK: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr
+    partials_ptr,
+    out_ptr,
+    block,
+    count,
+    size,
+    BLOCK: tl.constexpr,
+    COUNT: tl.constexpr,
+    UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """COUNT partials at a time, so that their loads do not wait for each other."""
     if partials_ptr is not None:
+        size = size // UNIT * UNIT
         index = block.to(tl.int64 if WIDE else tl.int32) * BLOCK + tl.arange(0, BLOCK)
         mask = index < size
         acc = tl.zeros((BLOCK,), partials_ptr.dtype.element_ty)
         for first in range(0, count, COUNT):
             i = first + tl.arange(0, COUNT)
-            ptrs = partials_ptr + (i.to(tl.int64)[:, None] * size + index[None, :])
+            ptrs = partials_ptr + (offsets(i, size, UNIT, True)[:, None] + index[None, :])
             acc += tl.sum(tl.load(ptrs, mask=(i < count)[:, None] & mask[None, :], other=0.0), 0)
         tl.store(out_ptr + index, cast(acc, out_ptr.dtype.element_ty), mask=mask)
 
@@ -265,6 +286,7 @@ def _sum_partials_kernel(
     third_size,
     BLOCK: tl.constexpr,
     COUNT: tl.constexpr,
+    UNIT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """out = Σ partials over their first dimension for up to three of them; partials (count, size)."""
@@ -272,11 +294,11 @@ def _sum_partials_kernel(
     second = first - tl.cdiv(first_size, BLOCK)
     third = second - tl.cdiv(second_size, BLOCK)
     if second < 0:
-        _sum_in_order(first_ptr, first_out_ptr, first, first_count, first_size, BLOCK, COUNT, WIDE)
+        _sum_in_order(first_ptr, first_out_ptr, first, first_count, first_size, BLOCK, COUNT, UNIT, WIDE)
     elif third < 0:
-        _sum_in_order(second_ptr, second_out_ptr, second, second_count, second_size, BLOCK, COUNT, WIDE)
+        _sum_in_order(second_ptr, second_out_ptr, second, second_count, second_size, BLOCK, COUNT, UNIT, WIDE)
     else:
-        _sum_in_order(third_ptr, third_out_ptr, third, third_count, third_size, BLOCK, COUNT, WIDE)
+        _sum_in_order(third_ptr, third_out_ptr, third, third_count, third_size, BLOCK, COUNT, UNIT, WIDE)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -317,6 +339,7 @@ def _sums(*parts: tuple[Tensor | None, torch.dtype]) -> list[Tensor | None]:
         *itertools.chain(*arguments),
         BLOCK=256,
         COUNT=16,
+        UNIT=unit(*(size for *_, size in arguments)),
         WIDE=needs_int64(*outs),
         num_warps=4,
         num_stages=1,
@@ -372,6 +395,7 @@ def factor_grad(
     seed: Tensor | None = None,
     *,
     scaled: bool = False,
+    split: bool = False,
     transposed: bool = False,
     stats: Tensor | None = None,
     needs: tuple[bool, bool, bool],
@@ -379,7 +403,8 @@ def factor_grad(
     """df = drop(x)ᵀ s, dbias = Σ_M drop(x) and ds = scaling · x F, those which `needs` asks for.
 
     x (M, K), s (M, R), F (K, R); df (K, R), or (R, K) where `transposed`. Where `scaled`, df and dbias are times
-    scaling too, and both of F's type; otherwise dbias is of x's. With stats (2, M), the rows' means and
+    scaling too, and both of F's type; otherwise dbias is of x's. Where `split`, products of fp32 operands run on 16-bit
+    tensor cores. With stats (2, M), the rows' means and
     reciprocal deviations, x stands for (x - mean) · rstd, and df is not rounded to F's type.
     """
     need_df, need_dbias, need_ds = needs
@@ -419,7 +444,7 @@ def factor_grad(
         *factor.stride(),
         *((1, K) if transposed else (R, 1)),
         SCALED=scaled,
-        ROUND_S=factor.dtype == x.dtype,
+        ROUND_S=factor.dtype == x.dtype and not split,
         BLOCK_M=tile.rows,
         BLOCK_K=tile.cols,
         BLOCK_R=block_r,

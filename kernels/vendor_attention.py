@@ -15,8 +15,10 @@ from ._launch import _recording
 
 FLASH, CUDNN = SDPBackend.FLASH_ATTENTION.value, SDPBackend.CUDNN_ATTENTION.value
 
-# S·T from which on a launch more costs less than what the vendor's kernels save; not measured yet.
-MIN_LOGITS = 2**14
+# S·T and head size from which on the vendor's kernels save more than it costs to add the prefix to y and dq in memory.
+# On an H100, 1024 by 1024 of 128 features take 0.87 of the time that our kernels take, causal 0.97, of 64 more.
+MIN_LOGITS = 2**20
+MIN_FEATURES = 65
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> bool:
@@ -24,7 +26,7 @@ def serves(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: fl
     S, DH, T = *query.shape[2:], key.shape[2]
     if not query.is_cuda or torch.version.hip or _recording.get() is not None:
         return False
-    if query.dtype not in (torch.float16, torch.bfloat16) or DH % 8 or DH > 128 or scale <= 0:
+    if query.dtype not in (torch.float16, torch.bfloat16) or DH % 8 or not MIN_FEATURES <= DH <= 128 or scale <= 0:
         return False
     # Their causal mask begins at the first key.
     if S == 1 or S * T < MIN_LOGITS or query.numel() == 0 or (is_causal and S != T):

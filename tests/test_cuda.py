@@ -183,6 +183,9 @@ def vendor_calls(monkeypatch):
     """The names of the vendor's functions that are called."""
     from peft_fast.kernels import vendor_attention  # needs Triton
 
+    monkeypatch.setattr(vendor_attention, "MIN_LOGITS", 2**14)
+    monkeypatch.setattr(vendor_attention, "MIN_FEATURES", 16)
+
     calls = []
 
     def counted(name, function):
