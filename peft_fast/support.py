@@ -117,9 +117,11 @@ def _runs_triton(device: torch.device) -> bool:
     )
 
 
-@functools.cache
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON
 
 
 def _interprets_triton() -> bool:
