@@ -79,9 +79,10 @@ def _lora_linear(
     lora_bwd(dy, x, weight, lora_a, lora_b, s, 2.0, threshold, _seed(), needs=needs, plan=plan)
 
 
-def _bottleneck_adapter(dtype, weight_dtype, *, R, norms, K=768, threshold=THRESHOLD, activation="gelu") -> None:
+def _bottleneck_adapter(
+    dtype, weight_dtype, *, R, norms, M=8192, K=768, threshold=THRESHOLD, activation="gelu"
+) -> None:
     """The residual is x; `norms` are the LayerNorms that the adapter has, of "before" and "after"."""
-    M = 8192
     x, dy = _meta(M, K, dtype=dtype), _meta(M, K, dtype=dtype)
 
     def weights(*shape: int) -> Tensor:
@@ -161,6 +162,8 @@ def calls() -> list[Call]:
             add("lora_linear", dtypes, f"R 16, {plan}, rows of 4104", R=16, N=4104, K=4104, plan=plan, bias=False)
         for R, norms in ((8, "plain"), (48, "plain"), (256, "plain"), (64, "norms"), (256, "norms")):
             add("bottleneck_adapter", dtypes, f"R {R}, {norms}", R=R, norms=_NORMS[norms])
+        for R in (64, 256):
+            add("bottleneck_adapter", dtypes, f"R {R}, few rows", R=R, norms=(), M=1024)
         add("bottleneck_adapter", dtypes, "R 8, plain, rows of 4096", R=8, norms=(), K=4096)
         widest = MAX_KERNEL_HEAD_SIZE[DTYPES[dtypes][0].itemsize]
         for DH in [DH for DH in (64, 128, 256) if widest >= DH]:

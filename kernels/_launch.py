@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
@@ -85,10 +84,21 @@ def _specialization(arg: Any) -> Any:
     return arg.dtype, arg.data_ptr() % 16 == 0
 
 
+# Triton's own are made for device code too, and take 5 us.
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
 def needs_int64(*tensors: Tensor | None) -> bool:
     """Whether an element of one of the tensors lies 2^31 elements or more behind its first."""
     for tensor in tensors:
-        if tensor is not None and tensor.numel():
+        if tensor is None or not (size := tensor.numel()):
+            continue
+        if not tensor.is_contiguous() or size >= 2**31:
             last = 0
             for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
                 last += (size - 1) * stride
@@ -155,4 +165,4 @@ def precision(dtype: torch.dtype) -> str:
 
 def rank_block(R: int, tile: Tile) -> int:
     """BLOCK_R: all of the rank where the tile allows it, at least the 16 that tensor cores reduce at a time."""
-    return min(max(16, triton.next_power_of_2(R)), tile.rank)
+    return min(max(16, next_power_of_2(R)), tile.rank)

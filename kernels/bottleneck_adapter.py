@@ -33,10 +33,9 @@ Sums that several programs share are written as partial sums and added in a fixe
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from ._launch import launch, needs_int64, precision, rank_block, unit
+from ._launch import cdiv, launch, needs_int64, precision, rank_block, unit
 from .bottleneck_norm import down_grad
 from .bottleneck_rows import Norm, adapter_bwd_kernel, adapter_fwd_kernel, adapter_tile, dense
 from .skinny import _accumulator, _scaling_arguments, _sums, factor_grad
@@ -74,10 +73,10 @@ def adapter_fwd(
     )
     tile = adapter_tile(x, down_weight, R, norm_before, norm_after)
     block_r = rank_block(R, tile)
-    blocks_r = triton.cdiv(R, block_r)
+    blocks_r = cdiv(R, block_r)
     launch(
         adapter_fwd_kernel,
-        (triton.cdiv(M, tile.rows),),
+        (cdiv(M, tile.rows),),
         x,
         residual,
         down_weight,
@@ -161,7 +160,7 @@ def adapter_bwd(
     residual = _rows(residual) if residual is not None and through_norm else None
     tile = adapter_tile(x, down_weight, R, norm_before, norm_after)
     block_r = rank_block(R, tile)
-    blocks_r, rows = triton.cdiv(R, block_r), triton.cdiv(M, tile.rows)
+    blocks_r, rows = cdiv(R, block_r), cdiv(M, tile.rows)
     split = down_weight.dtype != x.dtype
 
     def empty(*shape: int, dtype: torch.dtype = wide) -> Tensor:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch, needs_int64
+from ._launch import cdiv, launch, needs_int64
 from ._tl import cast, load_tile, tile_ptrs
 from .bottleneck_rows import Norm, dense, load_row
 from .skinny import factor_grad
@@ -70,7 +70,7 @@ def down_grad(
     dw, db = (torch.empty_like(weight) if "norm_before" in needs else None for _ in range(2))
     launch(
         _down_grad_kernel,
-        (triton.cdiv(K, 128),),
+        (cdiv(K, 128),),
         p,
         dbd,
         down_weight,

@@ -32,7 +32,7 @@ def adapter_tile(x: Tensor, weight: Tensor, R: int, norm_before: Norm | None, no
                 return Tile(16, 32, 0, 64, 8, 2) if mixed else Tile(32, 32, 0, 64, 8, 2)
             return Tile(32, 64, 0, 64, 8, 2) if mixed else Tile(32, 64, 0, 64, 4, 3)
         if x.shape[0] < _ROWS_TO_FILL:
-            return Tile(16, 256 if R <= 64 else 128, 0, 64 if mixed or R <= 64 else 128, 8, 3)
+            return Tile(16, 256 if R <= 64 and not mixed else 64, 0, 64, 8, 3)
         if mixed:
             return Tile(32, 64, 0, 64, 4, 3) if R <= 64 else Tile(32, 64, 0, 64, 8, 2)
         return Tile(32, 256 if R <= 64 and norm_before is None else 64, 0, 128, 4, 3)

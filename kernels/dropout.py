@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch, needs_int64
+from ._launch import cdiv, launch, needs_int64
 from ._tl import keep_mask, tile_ptrs
 
 _BLOCK_M = 64
@@ -35,7 +35,7 @@ def dropout_mask(seed: Tensor, shape: tuple[int, ...], threshold: int) -> Tensor
     M = out.numel() // max(K, 1)
     launch(
         _dropout_mask_kernel,
-        (triton.cdiv(M, _BLOCK_M), triton.cdiv(K, _BLOCK_K)),
+        (cdiv(M, _BLOCK_M), cdiv(K, _BLOCK_K)),
         out,
         seed,
         threshold,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Tile, chip, launch, needs_int64, precision, rank_block, unit
+from ._launch import Tile, cdiv, chip, launch, needs_int64, precision, rank_block, unit
 from ._tl import accumulator, cast, dot, dot_rounded, keep_mask, keep_scale, load_tile, swizzle, tile_ptrs
 
 # What `matmul` takes by name beside its own tile, for ranks of one block: with smaller tiles a result of few rows has
@@ -259,7 +259,7 @@ def matmul(
     block_r = rank_block(R, tile)
     launch(
         _matmul_kernel,
-        (triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.cols),),
+        (cdiv(M, tile.rows) * cdiv(N, tile.cols),),
         x,
         g,
         bias,
@@ -279,7 +279,7 @@ def matmul(
         BLOCK_N=tile.cols,
         BLOCK_K=tile.inner,
         BLOCK_R=block_r,
-        BLOCKS_R=triton.cdiv(R, block_r),
+        BLOCKS_R=cdiv(R, block_r),
         GROUP_M=8,
         X_UNIT=unit(x, g, out, K, N),
         F_UNIT=unit(factor),
@@ -299,7 +299,7 @@ def update(out: Tensor, s: Tensor, factor: Tensor, threshold: int = 0, seed: Ten
     block_r = rank_block(R, tile)
     launch(
         _update_kernel,
-        (triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.cols),),
+        (cdiv(M, tile.rows) * cdiv(N, tile.cols),),
         out,
         s,
         factor,
@@ -312,7 +312,7 @@ def update(out: Tensor, s: Tensor, factor: Tensor, threshold: int = 0, seed: Ten
         BLOCK_M=tile.rows,
         BLOCK_N=tile.cols,
         BLOCK_R=block_r,
-        BLOCKS_R=triton.cdiv(R, block_r),
+        BLOCKS_R=cdiv(R, block_r),
         X_UNIT=unit(out, N),
         F_UNIT=unit(factor),
         R_UNIT=unit(R),

@@ -29,11 +29,10 @@ atomics: under torch.use_deterministic_algorithms backward stays here.
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from . import vendor_attention
-from ._launch import Tile, chip, launch, needs_int64, precision, unit
+from ._launch import Tile, cdiv, chip, launch, needs_int64, next_power_of_2, precision, unit
 from .prefix_backward import attention_dkv_kernel, attention_dq_kernel, sum_prefix_grads_kernel
 from .prefix_forward import attention_fwd_kernel, attention_mask_kernel
 from .prefix_tile import OWN, PREFIX
@@ -58,7 +57,7 @@ def _in_heads(x: Tensor) -> Tensor:
 
 
 def _block(length: int, most: int, least: int) -> int:
-    return max(least, min(most, triton.next_power_of_2(length)))
+    return max(least, min(most, next_power_of_2(length)))
 
 
 # As in `_launch` tiles that ptxas compiles without stack or spills, which tests/test_codegen.py and, for every call,
@@ -155,7 +154,7 @@ class _Call:
             # fp64 it does not compile.
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
         self.mask = None if attn_mask is None else attn_mask.expand(self.Z, self.H, self.S, self.T)
-        self.block_d = max(16, triton.next_power_of_2(self.DH))
+        self.block_d = max(16, next_power_of_2(self.DH))
         scale, softcap, window = options["scale"], options["softcap"], options["sliding_window"]
         self.factors = (1.0 if softcap is None else scale / softcap, scale if softcap is None else softcap)
         # A window as long as both sequences hides nothing; neither does a longer one, which 32 bits may not hold.
@@ -237,7 +236,7 @@ def attention_fwd(
     blocks = call.blocks(tile)
     launch(
         attention_fwd_kernel,
-        (triton.cdiv(call.S * call.group, blocks["BLOCK_M"]) * call.H_KV * call.Z,),
+        (cdiv(call.S * call.group, blocks["BLOCK_M"]) * call.H_KV * call.Z,),
         *call.inputs,
         call.mask,
         None if gate is None else gate.contiguous(),
@@ -299,7 +298,7 @@ def attention_bwd(
         blocks = call.blocks(tile)
         launch(
             attention_dq_kernel,
-            (triton.cdiv(call.S * call.group, blocks["BLOCK_M"]) * call.H_KV * call.Z,),
+            (cdiv(call.S * call.group, blocks["BLOCK_M"]) * call.H_KV * call.Z,),
             dy,
             *call.inputs,
             call.mask,
@@ -341,8 +340,8 @@ def attention_bwd(
 def _prefix_grads(call, dy, prefix_key, gate, lse, delta, scale, seed, threshold, needs) -> dict[str, Tensor]:
     tile = call.tile("dkv")
     block_n = _block(call.P, tile.cols, 32)
-    rows = triton.cdiv(call.S * call.group, _block(call.S * call.group, tile.rows, 16))
-    splits, steps = _chunks(call.Z * rows, 1, call.H_KV * triton.cdiv(call.P, block_n))
+    rows = cdiv(call.S * call.group, _block(call.S * call.group, tile.rows, 16))
+    splits, steps = _chunks(call.Z * rows, 1, call.H_KV * cdiv(call.P, block_n))
     names = [name for name in ("prefix_key", "prefix_value") if name in needs]
     shape = (len(names), splits, call.H_KV, call.P, call.DH)
     partials = torch.empty(shape, dtype=lse.dtype, device=dy.device)
@@ -353,7 +352,7 @@ def _prefix_grads(call, dy, prefix_key, gate, lse, delta, scale, seed, threshold
     size = prefix_key.numel()
     launch(
         sum_prefix_grads_kernel,
-        (triton.cdiv(size, 256),),
+        (cdiv(size, 256),),
         key,
         value,
         outs.get("prefix_key"),
@@ -384,7 +383,7 @@ def _launch_dkv(call, segment, dy, gate, lse, delta, dk, dv, scale, seed, thresh
     block_n = _block(keys.shape[-2], tile.cols, 32)
     launch(
         attention_dkv_kernel,
-        (triton.cdiv(keys.shape[-2], block_n) * call.H_KV * parts,),
+        (cdiv(keys.shape[-2], block_n) * call.H_KV * parts,),
         dy,
         query,
         keys,
@@ -423,7 +422,7 @@ def attention_dropout_mask(seed: Tensor, shape: tuple[int, int, int, int, int], 
     for segment, cols, part in ((PREFIX, P, out), (OWN, T, out[..., P:])):
         launch(
             attention_mask_kernel,
-            (triton.cdiv(Z * H * S, 64), triton.cdiv(cols, 128)),
+            (cdiv(Z * H * S, 64), cdiv(cols, 128)),
             part,
             seed,
             threshold,

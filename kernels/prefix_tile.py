@@ -22,7 +22,13 @@ def exponential(x, BASE_2: tl.constexpr):
 
 @triton.jit
 def logarithm(x, BASE_2: tl.constexpr):
-    return tl.log2(x) if BASE_2 else tl.log(x)
+    if BASE_2:
+        result = tl.log2(x)
+    else:
+        # tl.log is as rough in fp32 as a row's weights would all be; by a step of Newton's it is as exact as exp.
+        result = tl.log(x)
+        result += tl.where(x > 0, x * exp(-result) - 1, 0.0)
+    return result
 
 
 @triton.jit

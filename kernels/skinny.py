@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Tile, chip, launch, needs_int64, precision, rank_block, unit
+from ._launch import Tile, cdiv, chip, launch, needs_int64, precision, rank_block, unit
 from ._tl import (
     accumulator,
     cast,
@@ -311,8 +311,8 @@ def _scaling_arguments(scaling: float | Tensor) -> tuple[float, Tensor | None]:
 
 def _chunks(length: int, block: int, programs: int) -> tuple[int, int]:
     """(number, size) of the pieces, whole blocks each, into which `programs` programs split `length` further."""
-    size = block * triton.cdiv(triton.cdiv(length, block), max(1, _PROGRAMS // max(1, programs)))
-    return max(1, triton.cdiv(length, max(1, size))), max(1, size)
+    size = block * cdiv(cdiv(length, block), max(1, _PROGRAMS // max(1, programs)))
+    return max(1, cdiv(length, max(1, size))), max(1, size)
 
 
 def _sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
@@ -335,7 +335,7 @@ def _sums(*parts: tuple[Tensor | None, torch.dtype]) -> list[Tensor | None]:
     arguments += [(None, None, 0, 0)] * (3 - len(arguments))
     launch(
         _sum_partials_kernel,
-        (sum(triton.cdiv(size, 256) for *_, size in arguments),),
+        (sum(cdiv(size, 256) for *_, size in arguments),),
         *itertools.chain(*arguments),
         BLOCK=256,
         COUNT=16,
@@ -354,7 +354,7 @@ def shrink(
     (M, K), R = x.shape, factor.shape[1]
     tile = _skinny_tile(x, factor)
     block_r = rank_block(R, tile)
-    programs = triton.cdiv(M, tile.rows) * triton.cdiv(R, block_r)
+    programs = cdiv(M, tile.rows) * cdiv(R, block_r)
     splits, K_split = _chunks(K, tile.cols, programs)
     s = torch.empty((splits * M, R), dtype=_accumulator(x.dtype), device=x.device)
     launch(
@@ -411,8 +411,8 @@ def factor_grad(
     (M, K), R = x.shape, factor.shape[1]
     tile = _skinny_tile(x, factor, grad=True, with_ds=need_ds, with_stats=stats is not None)
     block_r = rank_block(R, tile)
-    blocks_k = triton.cdiv(K, tile.cols)
-    programs = blocks_k * triton.cdiv(R, block_r)
+    blocks_k = cdiv(K, tile.cols)
+    programs = blocks_k * cdiv(R, block_r)
     splits, M_split = _chunks(M, tile.rows, programs)
 
     partials_dtype = _accumulator(x.dtype)
