@@ -4,6 +4,8 @@
     python -m benchmarks.bench_gpu --rehearse     # tiny sizes on the CPU: that it runs, nothing else
 
 CUDA events around forward and backward, with a cold second-level cache; the variants of one row take turns; medians.
+"milliseconds" is what a step takes from its first launch to the end of its last, so for small layers what the host
+takes to launch them; "device_milliseconds" is what its kernels run, with a warm cache, by torch's profiler.
 Models have the shapes and random weights of their configurations, bf16, and fewer layers. Rows that the given time does
 not reach are listed as not measured. "plans" is what tuning chose for each shape, "trials" the times that it goes by.
 """
@@ -16,6 +18,7 @@ import json
 import re
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -81,7 +84,8 @@ def llama(layers: int, tiny: bool) -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **heads, **(size if tiny else large)))
 
 
-MODELS = {"BERT-large, 8 layers": (bert, 8, (16, 512)), "Llama-3-8B, 4 layers": (llama, 4, (4, 2048))}
+# PEFT's prefix takes positions, of which BERT has 512.
+MODELS = {"BERT-large, 8 layers": (bert, 8, (16, 448)), "Llama-3-8B, 4 layers": (llama, 4, (4, 2048))}
 METHODS = {
     "LoRA on all linear, rank 16": lambda task: LoraConfig(
         task_type=task, r=16, lora_alpha=32, lora_dropout=0.1, target_modules="all-linear"
@@ -132,21 +136,19 @@ def rows_of(device: str, dtype: torch.dtype, tiny: bool) -> Iterator[tuple[dict[
     """What each row says of itself, and its variants, made when it is its turn."""
     lora, adapters, prefixes = TINY.values() if tiny else (LORA, ADAPTERS, PREFIXES)
     on: dict[str, Any] = {"device": device, "dtype": dtype}
-    for shape in lora:
-        for p in (0.1, 0.0):
+
+    def lora_rows(p: float) -> Iterator[tuple[dict[str, Any], Callable[[], Steps]]]:
+        for shape in lora:
             yield (
                 {"what": "LoRA linear", "shape": shape, "dropout": p},
-                lambda shape=shape, p=p: {
+                lambda shape=shape: {
                     **bench_lora_linear.steps(*shape, p, **on),
                     **kernel_steps(*shape, p, device, dtype),
                 },
             )
-    for method in METHODS:
-        for name in MODELS:
-            yield (
-                {"what": name, "method": method},
-                lambda name=name, method=method: model_steps(name, method, device, dtype, tiny),
-            )
+
+    # What is asked for most comes first: the time may not reach all.
+    yield from lora_rows(0.1)
     for shape in adapters:
         for p, norm in ((0.1, "none"), (0.0, "none"), (0.1, "after")):
             yield (
@@ -159,15 +161,32 @@ def rows_of(device: str, dtype: torch.dtype, tiny: bool) -> Iterator[tuple[dict[
                 {"what": "prefix attention", "shape": shape, "causal": causal},
                 lambda shape=shape, causal=causal: bench_prefix_attention.steps(shape, causal, False, **on),
             )
+    for method in METHODS:
+        for name in MODELS:
+            yield (
+                {"what": name, "method": method},
+                lambda name=name, method=method: model_steps(name, method, device, dtype, tiny),
+            )
+    yield from lora_rows(0.0)
+
+
+def device_milliseconds(run: Callable[[], Any], runs: int = 3) -> float:
+    """What the kernels of one run take, without the gaps between them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(runs):
+            run()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / runs / 1e3
 
 
 def measure(steps: Steps, device: str, rounds: int) -> dict[str, dict[str, Any]]:
-    """Median milliseconds of each variant, and the bytes it allocates at its peak where that is a GPU's."""
+    """Median milliseconds of each variant; on a GPU also those that its kernels run, and the bytes of its peak."""
     for run in steps.values():  # compile, tune and warm up
         for _ in range(3):
             run()
     milliseconds: dict[str, list[float]] = {name: [] for name in steps}
     peak: dict[str, int] = {}
+    on_device: dict[str, float] = {}
     if device != "cuda":
         for name, run in steps.items():
             start = time.perf_counter()
@@ -181,6 +200,7 @@ def measure(steps: Steps, device: str, rounds: int) -> dict[str, dict[str, Any]]
             before = torch.cuda.memory_allocated()
             run()
             peak[name] = torch.cuda.max_memory_allocated() - before
+            on_device[name] = device_milliseconds(run)
         events = []
         for _ in range(rounds):
             for name, run in steps.items():
@@ -194,7 +214,12 @@ def measure(steps: Steps, device: str, rounds: int) -> dict[str, dict[str, Any]]
         for name, start, end in events:
             milliseconds[name].append(start.elapsed_time(end))
     return {
-        name: {"milliseconds": statistics.median(milliseconds[name]), "peak_bytes": peak.get(name)} for name in steps
+        name: {
+            "milliseconds": statistics.median(milliseconds[name]),
+            "device_milliseconds": on_device.get(name),
+            "peak_bytes": peak.get(name),
+        }
+        for name in steps
     }
 
 
@@ -226,7 +251,7 @@ def main() -> None:
     slug = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
     path = options.json or RESULTS / f"{slug}-{about['date']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows, missing, end = [], [], time.monotonic() + options.seconds
+    rows, missing, failed, end = [], [], 0, time.monotonic() + options.seconds
     for row, build in tqdm(list(rows_of(device, dtype, options.rehearse)), desc="rows", unit="row"):
         try:
             if time.monotonic() > end:
@@ -237,11 +262,17 @@ def main() -> None:
             tqdm.write(f"{row['what']} {row.get('shape', row.get('method'))}, ms: {times}")
         except (TimeoutError, torch.cuda.OutOfMemoryError) as error:
             missing.append(row | {"reason": str(error).splitlines()[0]})
+        except Exception as error:  # the rows after it are worth their time
+            traceback.print_exc()
+            missing.append(row | {"reason": f"failed: {type(error).__name__}: {str(error).splitlines()[0]}"})
+            failed += 1
         gc.collect()
         torch.cuda.empty_cache()
         # After each row, so that a run that is stopped leaves what it has.
         path.write_text(json.dumps(about | {"rows": rows, "missing": missing} | tuned(), indent=1) + "\n")
     print(f"{len(rows)} rows measured, {len(missing)} not, written to {path}")
+    if failed:
+        raise SystemExit(f"bench_gpu: {failed} rows failed")
 
 
 if __name__ == "__main__":

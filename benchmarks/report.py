@@ -144,21 +144,50 @@ def roofline(result: dict[str, Any]) -> str:
 
 
 def gpu(result: dict[str, Any]) -> str:
-    """One row a variant: what it takes and allocates, and both over stock's."""
+    """One row a case: what a step takes, by stock (peft's, or the usual modules) and by ours, and ours over stock's."""
+
+    def cell(variant: dict[str, Any] | None, key: str, digits: int = 3) -> str:
+        return f"{variant[key]:.{digits}f}" if variant and variant.get(key) else ""
+
+    def over(ours: dict[str, Any] | None, stock: dict[str, Any] | None, key: str) -> str:
+        known = ours and stock and ours.get(key) and stock.get(key)
+        return f"{ours[key] / stock[key]:.2f}" if known else ""
+
     lines = []
-    for row in result["rows"]:
+    for row in result["rows"] + result["missing"]:
+        what = f"{row['what']}, {row.get('method') or ', '.join(map(str, row['shape']))}"
+        for name, said in (("dropout", "dropout {}"), ("norm", "norm {}"), ("causal", "causal {}")):
+            what += f", {said.format(row[name])}" if name in row else ""
+        if "reason" in row:
+            lines.append([what, row["reason"], *[""] * 7])
+            continue
         variants = row["variants"]
-        base = variants.get("stock") or variants.get("usual") or variants.get("peft") or variants["floor"]
-        what = f"{row['what']}, {row.get('method') or tuple(row['shape'])}"
-        for name in ("dropout", "norm", "causal"):
-            what += f", {name} {row[name]}" if name in row else ""
-        for name, value in variants.items():
-            peak = "" if value["peak_bytes"] is None else f"{value['peak_bytes'] / 2**20:.0f}"
-            over = f"{value['milliseconds'] / base['milliseconds']:.2f}"
-            lines.append([what, name, f"{value['milliseconds']:.3f}", over, peak])
-    lines += [[f"{row['what']}, {row.get('method') or row.get('shape')}", row["reason"], "", "", ""]
-              for row in result["missing"]]  # fmt: skip
-    return markdown(["", "variant", "ms", "over stock", "peak MiB"], lines)
+        stock, ours = (
+            next((name for name in names if name in variants), "")
+            for names in (("stock", "usual", "peft"), ("patched", "ours"))
+        )
+        one, two = variants.get(stock), variants.get(ours)
+        compiled = variants.get(f"{stock} compiled") or variants.get("flex compiled")
+        lines.append([
+            what,
+            *(cell(each, "milliseconds") for each in (variants.get("floor"), one, two)),
+            over(two, one, "milliseconds"),
+            over(two, one, "device_milliseconds"),
+            *(cell(each, "milliseconds") for each in (compiled, variants.get(f"{ours} compiled"))),
+            over(two, one, "peak_bytes"),
+        ])  # fmt: skip
+    header = [
+        "",
+        "floor",
+        "stock",
+        "ours",
+        "ratio",
+        "on the GPU alone",
+        "stock, compiled",
+        "ours, compiled",
+        "peak memory",
+    ]
+    return markdown(header, lines)
 
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {

@@ -67,7 +67,7 @@ def _run(
     kernel: Any, grid: tuple, args: tuple, constexprs: dict[str, Any], options: dict[str, int], index: int
 ) -> None:
     constants = [constexprs[name] for name in kernel.arg_names[len(args) :]]
-    key = (kernel, index, *options.values(), *constants, *map(_specialization, args))
+    key = (id(kernel), index, *options.values(), *constants, *map(_specialization, args))
     compiled = _compiled.get(key)
     if compiled is None:
         _compiled[key] = kernel[grid](*args, **constexprs, **options)

@@ -127,7 +127,7 @@ def _tile(kernel: str, query: Tensor, BLOCK_D: int, mask: bool, softcap: bool, g
     if query.element_size() > 2:
         tiles = _FP32_TILES[f"{kernel} gate" if gate and kernel != "fwd" else kernel][size]
         rows, keys, warps = tiles.get(kind, tiles[None])
-        if gate and (kernel, size, kind) in (("fwd", 128, "sm100"), ("fwd", 64, "sm90")):
+        if gate and (kernel, size, kind) in (("fwd", 128, "sm100"), ("fwd", 64, "sm90"), ("fwd", 64, "sm80")):
             warps = 8
         return Tile(rows, keys, 0, 0, warps, 1)
     rows, keys, warps, stages = _TILES[kernel][kind][size]

@@ -40,7 +40,13 @@ _LARGE = 1 << 25
 
 
 def _skinny_tile(
-    x: Tensor, factor: Tensor, *, grad: bool = False, with_ds: bool = False, with_stats: bool = False
+    x: Tensor,
+    factor: Tensor,
+    *,
+    grad: bool = False,
+    with_ds: bool = False,
+    with_stats: bool = False,
+    split: bool = False,
 ) -> Tile:
     """The tile of x that meets all of, or a block of, the rank in one step of a skinny pass; `grad`: of `factor_grad`.
 
@@ -50,6 +56,8 @@ def _skinny_tile(
     """
     kind = chip(x.device)
     if kind != "interpreter" and x.element_size() > 2:
+        if split and kind != "sm90":  # three terms of either operand
+            return Tile(64, 64, 0, 16, 8, 2)
         # Three stages of fp64 do not fit 100 KiB.
         return Tile(64, 64, 0, 32, 8, 3 if x.element_size() == 4 else 1)
     num_stages = 2 if kind == "gfx9" else 3
@@ -409,7 +417,7 @@ def factor_grad(
     """
     need_df, need_dbias, need_ds = needs
     (M, K), R = x.shape, factor.shape[1]
-    tile = _skinny_tile(x, factor, grad=True, with_ds=need_ds, with_stats=stats is not None)
+    tile = _skinny_tile(x, factor, grad=True, with_ds=need_ds, with_stats=stats is not None, split=split)
     block_r = rank_block(R, tile)
     blocks_k = cdiv(K, tile.cols)
     programs = blocks_k * cdiv(R, block_r)

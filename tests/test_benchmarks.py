@@ -23,7 +23,7 @@ def test_rows_of_the_gpu_benchmark(row, build):
 
 
 def test_what_the_gpu_benchmark_writes(monkeypatch, tmp_path):
-    """A row that the time does not reach, or the memory not hold, is written down as missing."""
+    """A row that the time does not reach, the memory not hold, or that fails, is written down as missing."""
 
     def build(fails: bool) -> bench_gpu.Steps:
         if fails:
@@ -41,6 +41,17 @@ def test_what_the_gpu_benchmark_writes(monkeypatch, tmp_path):
         assert len(written["rows"]) + len(written["missing"]) == 2
         assert all(row["reason"].startswith(reason) for row, reason in zip(written["missing"], missing, strict=True))
         assert {"device", "date", "torch", "triton", "transformers", "peft"} <= written.keys()
+
+    def broken() -> bench_gpu.Steps:
+        raise ValueError("no such layer")
+
+    rows.insert(0, ({"what": "c", "shape": (3,)}, broken))
+    monkeypatch.setattr(sys, "argv", ["bench_gpu", "--rehearse", "--json", str(path)])
+    with pytest.raises(SystemExit, match="1 rows failed"):
+        bench_gpu.main()
+    written = json.loads(path.read_text())
+    assert written["missing"][0]["reason"] == "failed: ValueError: no such layer"
+    assert len(written["rows"]) == 1
 
 
 def test_the_gpu_benchmark_wants_a_gpu(monkeypatch):
@@ -62,7 +73,10 @@ def results(tmp_path, monkeypatch):
     shutil.copytree(report.RESULTS, tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     times = {"floor": 1.0, "stock": 4.0, "patched": 2.0}
-    variants = {name: {"milliseconds": ms, "peak_bytes": 2**20} for name, ms in times.items()}
+    variants = {
+        name: {"milliseconds": ms, "device_milliseconds": ms / 2, "peak_bytes": 2**20} for name, ms in times.items()
+    }
+    del variants["floor"]["device_milliseconds"]
     rows = [{"what": "LoRA linear", "shape": [64, 32, 32, 8], "dropout": 0.1, "variants": variants}]
     missing = [{"what": "BERT", "method": "prefix", "reason": "not measured: the time was up"}]
     about = {"device": "A GPU", "date": "2026-01-02", "torch": "2.13", "triton": "3.7"}
@@ -75,7 +89,8 @@ def results(tmp_path, monkeypatch):
 def test_the_table_of_a_gpu(results):
     text = report.table("gpu")
     assert "A GPU, torch 2.13, triton 3.7, 2026-01-02" in text
-    assert "| LoRA linear, (64, 32, 32, 8), dropout 0.1 | patched | 2.000 | 0.50 | 1 |" in text
+    assert "| LoRA linear, 64, 32, 32, 8, dropout 0.1 | 1.000 | 4.000 | 2.000 | 0.50 | 0.50 |  |  | 1.00 |" in text
+    assert "| BERT, prefix | not measured: the time was up |" in text
     assert "not measured: the time was up" in text
     assert "0.5 |" not in text
 

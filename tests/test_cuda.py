@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from peft_fast import reference, tuning, tuning_file
+from peft_fast import reference, support, tuning, tuning_file
 from peft_fast.ops import lora_linear, prefix_attention
 from peft_fast.ops.lora_linear import lora_linear_by
 from peft_fast.testing import assert_within_budget, lora_linear_inputs, prefix_attention_inputs
@@ -17,6 +17,11 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @pytest.fixture(autouse=True)
 def poisoned_empty():
     """Memory is not poisoned here: the poison itself would not survive a graph capture."""
+
+
+@pytest.fixture(autouse=True)
+def kernels_serve_small_calls(monkeypatch):
+    monkeypatch.setattr(support, "MIN_GPU_ELEMENTS", 0)
 
 
 def step(inputs):
@@ -230,6 +235,15 @@ def test_layouts_beside_the_vendors_part(kernel, vendor_calls):
                 results = attention_step(inputs)
             assert_attention_within_budget(results, inputs)
     assert vendor_calls == ["fwd", "bwd"] * 9
+
+
+def test_small_calls_are_torchs(monkeypatch):
+    inputs = attention_inputs(S=64)
+    for least, name in ((0, "_PrefixAttentionBackward"), (1 << 24, "ScaledDotProduct")):
+        monkeypatch.setattr(support, "MIN_GPU_ELEMENTS", least)
+        y = prefix_attention(**{name: tensor.detach().requires_grad_() for name, tensor in inputs.leaves().items()})
+        assert name in y.grad_fn.name()
+    assert_attention_within_budget(attention_step(inputs, causal=True), inputs, causal=True)
 
 
 def test_short_calls_are_not_the_vendors(vendor_calls):

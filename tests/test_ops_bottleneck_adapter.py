@@ -7,12 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import peft_fast
 from peft_fast import eager, reference
 from peft_fast.ops import bottleneck_adapter
+from peft_fast.ops.bottleneck_adapter import _is_usual_call
 from peft_fast.testing import BottleneckAdapterInputs, assert_within_budget, bottleneck_adapter_inputs
 
 BACKENDS = ["eager", "triton"]
@@ -341,6 +343,18 @@ def test_a_small_call_is_the_usual_calls(norms, dropout_p):
     assert torch.equal(y, expected)
     assert all(map(torch.equal, grads, torch.autograd.grad(expected, leaves, inputs.dy)))
     assert y.grad_fn.name() != "_BottleneckAdapterBackward"
+
+
+@pytest.mark.parametrize("factors", [torch.bfloat16, torch.float32, torch.float16])
+def test_small_calls_on_a_gpu_are_the_usual_calls(factors):
+    with FakeTensorMode():
+        small, large = (torch.empty(rows, 1024, device="cuda", dtype=torch.bfloat16) for rows in (8192, 16384))
+        down, up = (torch.empty(*shape, device="cuda", dtype=factors) for shape in ((8, 1024), (1024, 8)))
+        parameters = [down, None, up, *[None] * 5]
+        served = [_is_usual_call(x, x, parameters, 1.0, "relu", 0.1, 1e-5) for x in (small, large)]
+        elsewhere = [down.cpu(), *parameters[1:]]
+        assert not _is_usual_call(small, small, elsewhere, 1.0, "relu", 0.1, 1e-5)
+    assert served == [factors is not torch.float16, False]
 
 
 def usual_modules(x, parameters):

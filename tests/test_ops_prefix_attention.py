@@ -6,11 +6,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peft_fast
 from peft_fast import reference, support
 from peft_fast.eager import prefix_attention as eager_form
 from peft_fast.ops import prefix_attention
+from peft_fast.ops.prefix_attention import _is_small
 from peft_fast.testing import PrefixAttentionInputs, assert_within_budget, prefix_attention_inputs
 
 BACKENDS = ["eager", "triton"]
@@ -219,6 +221,14 @@ def test_small_calls_run_as_usual(options, mask):
         truth = forward_backward(reference.prefix_attention, inputs.to(torch.float64), **wide(call))
         for name in truth:
             assert_within_budget(actual[name], truth[name], expected[name], length=64, name=name)
+
+
+@pytest.mark.parametrize(("S", "T", "small"), [(512, 512, True), (1024, 1024, False), (1, 1024, False)])
+def test_small_calls_on_a_gpu(S, T, small):
+    with FakeTensorMode():
+        query, key = (torch.empty(16, 16, length, 64, device="cuda", dtype=torch.bfloat16) for length in (S, T))
+        prefix_key = torch.empty(16, 8, 64, device="cuda", dtype=torch.bfloat16)
+        assert _is_small(query, key, prefix_key, 0.0) == _is_small(query, key, prefix_key, 0.1) == small
 
 
 def test_large_calls_run_as_usual_where_no_key_can_be_left_out():

@@ -434,10 +434,13 @@ def apply_bottleneck_adapter(
 def _is_usual_call(
     x: Tensor, residual: Any, parameters: list[Any], scaling: Any, activation: str, dropout_p: float, eps: float
 ) -> bool:
-    """Whether all fits and the usual torch calls are as fast as they get: a small x on the CPU, where each microsecond
-    counts, or a compiler that fuses what there is to fuse."""
-    compiling = torch.compiler.is_compiling()
-    if not x.is_cpu or not (x.numel() < support.MIN_CPU_ADAPTER_ELEMENTS or (compiling and not dropout_p)):
+    """Whether all fits and the usual torch calls are as fast as they get: a small x, where each microsecond of the host
+    counts, or on the CPU a compiler that fuses what there is to fuse."""
+    if x.is_cpu:
+        usual = x.numel() < support.MIN_CPU_ADAPTER_ELEMENTS or (torch.compiler.is_compiling() and not dropout_p)
+    else:
+        usual = x.is_cuda and x.numel() < support.MIN_GPU_ELEMENTS
+    if not usual:
         return False
     down_weight, _, up_weight, *_ = parameters
     if torch._C._is_any_autocast_enabled():
@@ -452,8 +455,12 @@ def _is_usual_call(
     if shape[-1] != K or R == 0 or not (of_x or (residual.dtype is dtype and residual.shape == (*shape[:-1], N))):
         return False
     for tensor, expected in zip(parameters, ((R, K), (R,), (N, R), (N,), (K,), (K,), (N,), (N,)), strict=True):
-        if tensor is not None and (tensor.dtype is not dtype or tensor.shape != expected or not tensor.is_cpu):
+        if tensor is None:
+            continue
+        if tensor.dtype is not down_weight.dtype or tensor.shape != expected or tensor.device != x.device:
             return False
+    if down_weight.dtype is not dtype and not (x.is_cuda and down_weight.dtype is torch.float32):
+        return False
     return activation in reference.ACTIVATIONS and 0.0 <= dropout_p < 1.0 and eps >= 0
 
 

@@ -321,12 +321,16 @@ def apply_prefix_attention(
             return apply_prefix_attention(tensors, is_causal, scale, sliding_window, softcap, dropout_p, seed, backend)
     _validate(tensors, sliding_window, softcap, dropout_p, seed)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    plain = query.is_cpu and backend == "auto" and seed is None and gate is None and softcap is None
+    plain = backend == "auto" and seed is None and gate is None and softcap is None
     if (
         plain
         and (
             _is_small(query, key, prefix_key, dropout_p)
-            or (not dropout_p and _leaves_nothing_out(query, key, attn_mask, is_causal or sliding_window is not None))
+            or (
+                query.is_cpu
+                and not dropout_p
+                and _leaves_nothing_out(query, key, attn_mask, is_causal or sliding_window is not None)
+            )
         )
         and (torch.compiler.is_compiling() or not support.in_transform())
     ):
@@ -344,7 +348,9 @@ def apply_prefix_attention(
 
 
 def _is_small(query: Tensor, key: Tensor, prefix_key: Tensor, dropout_p: float) -> bool:
-    """Whether on the CPU torch's own attention over copies is as fast: there each call costs microseconds."""
+    """Whether torch's own attention over copies is as fast: each call costs the host microseconds."""
+    if not query.is_cpu:
+        return query.is_cuda and max(query.numel(), key.numel()) < support.MIN_GPU_ELEMENTS
     logits = query.shape[:3].numel() * (prefix_key.shape[1] + key.shape[2])
     return logits * (4 if dropout_p else 1) < support.MIN_CPU_ATTENTION_LOGITS
 
