@@ -220,7 +220,7 @@ def rendered(text: str) -> str:
 def bars(axes: Any, labels: list[str], values: dict[str, list[float | None]], title: str) -> None:
     """Groups of horizontal bars, the first label on top."""
     height = 0.8 / len(values)
-    colours = dict(zip(values, (GREY, ORANGE, BLUE, "C2", "C4", "C5"), strict=False))
+    colours = dict(zip(values, (GREY, ORANGE, BLUE, "C2", "C4", "C5", "C6"), strict=False))
     for i, (name, each) in enumerate(values.items()):
         places = [place + i * height for place, value in enumerate(each) if value is not None]
         axes.barh(places, [value for value in each if value is not None], height, label=name, color=colours[name])

@@ -72,7 +72,8 @@ def results(tmp_path, monkeypatch):
     """A copy of the results with one of a GPU."""
     shutil.copytree(report.RESULTS, tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    times = {"floor": 1.0, "stock": 4.0, "patched": 2.0}
+    times = {"floor": 1.0, "stock": 4.0, "patched": 2.0, "stock compiled": 3.0, "patched compiled": 2.0}
+    times |= {"kernels, split": 1.5, "kernels, fused": 1.5}
     variants = {
         name: {"milliseconds": ms, "device_milliseconds": ms / 2, "peak_bytes": 2**20} for name, ms in times.items()
     }
@@ -89,7 +90,10 @@ def results(tmp_path, monkeypatch):
 def test_the_table_of_a_gpu(results):
     text = report.table("gpu")
     assert "A GPU, torch 2.13, triton 3.7, 2026-01-02" in text
-    assert "| LoRA linear, 64, 32, 32, 8, dropout 0.1 | 1.000 | 4.000 | 2.000 | 0.50 | 0.50 |  |  | 1.00 |" in text
+    assert (
+        "| LoRA linear, 64, 32, 32, 8, dropout 0.1 | 1.000 | 4.000 | 2.000 | 0.50 | 0.50 | 3.000 | 2.000 | 1.00 |"
+        in text
+    )
     assert "| BERT, prefix | not measured: the time was up |" in text
     assert "not measured: the time was up" in text
     assert "0.5 |" not in text
