@@ -3,86 +3,40 @@
 No device is here to be timed: trials are timed by a table, and where their steps run they run in the interpreter.
 """
 
-import contextlib
 import functools
 import threading
 import time
 
 import pytest
 import torch
-from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 import peft_fast
 from models import batch, lora_layers, lora_model, loss_and_gradients, patched_copy
 from peft_fast import support, tuning, tuning_file
 from peft_fast.ops import lora_linear
 from peft_fast.testing import lora_linear_inputs
+from tuned import (
+    ABOUT,
+    CPU,
+    FUSED_WINS,
+    SPLIT_WINS,
+    STOCK_WINS,
+    TILE_WINS,
+    Layer,
+    Timer,
+    choose,
+    cold,  # noqa: F401
+    forget,
+    spy,
+)
 
 pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget
 
-from peft_fast.kernels import lora_linear as launchers
-from peft_fast.kernels import low_rank
 from peft_fast.kernels._launch import recording
-
-ABOUT = {"device": "Some GPU", "capability": "9.0", "torch": "2", "triton": "3", "kernels": "ab"}
-CPU = torch.device("cpu")
-STOCK_WINS = {"eager": 1.0, "split": 2.0, "fused": 3.0}
-SPLIT_WINS = {"eager": 3.0, "split": 1.0, "fused": 2.0}
-FUSED_WINS = {"eager": 3.0, "split": 2.0, "fused": 1.0}
-TILE_WINS = {"eager": 3.0, "split": 2.0, "fused": 1.5, "fused 64x128": 1.0}
-
-
-@pytest.fixture(autouse=True)
-def cold(monkeypatch, tmp_path):
-    """A process that has measured nothing yet, on a device without a file."""
-    monkeypatch.setenv("PEFT_FAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("PEFT_FAST_TUNE", raising=False)
-    monkeypatch.setattr(tuning, "device_and_versions", lambda device: ABOUT)
-    forget(monkeypatch)
-
-
-def forget(monkeypatch):
-    """As in a new process."""
-    monkeypatch.setattr(tuning, "_choices", {})
-    monkeypatch.setattr(tuning, "_waiting", {})
-    monkeypatch.setattr(tuning_file, "_read", {})
-    tuning_file.warn.cache_clear()
-    tuning._by_table.cache_clear()
-
-
-class Timer:
-    """Stands for the device: a step runs, or not where only its time matters, and takes what `times` says."""
-
-    def __init__(self, monkeypatch, times=SPLIT_WINS, *, runs=False):
-        self.times, self.trials, self.runs = times, [], runs
-        steps = tuning._steps
-
-        def named_steps(shape):
-            self.trials.append(shape)
-            real = steps(shape) if runs else dict.fromkeys(self.times)
-            return {plan: functools.partial(self.step, plan, real[plan]) for plan in self.times}
-
-        monkeypatch.setattr(tuning, "_steps", named_steps)
-        monkeypatch.setattr(tuning, "_milliseconds", lambda step, stream: step() or self.times[step.args[0]])
-        monkeypatch.setattr(tuning, "WARM_RUNS", 1)
-        monkeypatch.setattr(tuning, "ROUNDS", 1)
-
-    def step(self, plan, real):
-        if real:
-            real()
-        if isinstance(self.times[plan], Exception):
-            raise self.times[plan]
-
-
-def choose(M=64, K=32, N=48, R=4, *, dropout=False, measure=True, dtype=torch.bfloat16, factor_dtype=torch.float32):
-    x, weight = torch.zeros(M, K, dtype=dtype), torch.zeros(N, K, dtype=dtype)
-    return tuning.choose(x, weight, torch.zeros(R, K, dtype=factor_dtype), dropout, measure=measure)
 
 
 class TestChoice:
@@ -239,9 +193,14 @@ class TestFile:
         assert choose() == ("split", True)
         assert len(timer.trials) == 1
 
-    def test_the_shipped_table_claims_nothing(self):
-        assert tuning._table()["devices"] == {}
+    def test_the_shipped_table(self):
         assert tuning._default() == ("split", None)
+        shape = tuning.Shape(CPU, 8192, 4096, 4096, 16, torch.bfloat16, torch.float32, True, False)
+        devices = tuning._table()["devices"]
+        assert all(str(shape) in shapes for shapes in devices.values())
+        for times in [times for shapes in devices.values() for times in shapes.values()]:
+            assert times.keys() >= {"eager", "split", "fused"}
+            assert tuning._fastest(times).stock is False
 
 
 class TestManyProcesses:
@@ -353,18 +312,6 @@ class TestWhereNothingIsMeasured:
         assert self.timer.trials == []
 
 
-def spy(monkeypatch, owner, name):
-    """A list of what `owner.name` returns from now on."""
-    results, function = [], getattr(owner, name)
-
-    def watched(*args, **kwargs):
-        results.append(function(*args, **kwargs))
-        return results[-1]
-
-    monkeypatch.setattr(owner, name, watched)
-    return results
-
-
 def test_the_cpu_never_asks(monkeypatch):
     def asked(*args, **kwargs):
         raise AssertionError("tuning was asked for a call on the CPU")
@@ -377,12 +324,6 @@ def test_the_cpu_never_asks(monkeypatch):
     lora_linear(inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b)
 
 
-class _Layer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(32, 48)
-
-
 class TestPatchedLayers:
     """On the meta device, which stands for a GPU: what would be launched is recorded."""
 
@@ -391,7 +332,7 @@ class TestPatchedLayers:
         monkeypatch.setattr(support, "_runs_triton", lambda device: True)
         monkeypatch.setattr(tuning, "serves", lambda x: True)
         # From a generator of the meta device nothing can be drawn.
-        self.model = lora_model(base=_Layer(), target_modules=["linear"], lora_dropout=0.1).to("meta")
+        self.model = lora_model(base=Layer(), target_modules=["linear"], lora_dropout=0.1).to("meta")
         peft_fast.patch(self.model)
         (self.layer,) = lora_layers(self.model)
 
@@ -425,7 +366,7 @@ class TestPatchedLayers:
         assert kernel in launches
         assert row.state == "fused"
 
-    @pytest.mark.parametrize("M", [64, 1 << 17], ids=["small", "large"])
+    @pytest.mark.parametrize("M", [64, 1 << 20], ids=["small", "large"])
     def test_the_least_size_holds_where_nothing_is_measured(self, monkeypatch, M):
         monkeypatch.setenv("PEFT_FAST_TUNE", "0")
         launches, row = self.call(M)
@@ -446,180 +387,3 @@ class TestPatchedLayers:
         step = torch.compile(self.layer, backend="eager", fullgraph=True)
         assert step(torch.empty(64, 32, device="meta")).shape == (64, 48)
         assert timer.trials == []
-
-
-# Small enough for the interpreter; dropout, so that the seed tells whether torch's random state was touched.
-M, K, N, R, P = 16, 16, 16, 2, 0.25
-
-
-def leaves():
-    inputs = lora_linear_inputs(M, K, N, R)
-    return inputs, [tensor.requires_grad_() for tensor in (inputs.x, inputs.lora_a, inputs.lora_b)]
-
-
-def step(inputs, tensors, around=contextlib.nullcontext):
-    """y, its gradients and the random state that is left, from a fixed one; forward inside of `around()`."""
-    torch.manual_seed(7)
-    x, lora_a, lora_b = tensors
-    with peft_fast.backend("triton"):
-        with around():
-            y = lora_linear(x, inputs.weight, lora_a, lora_b, bias=inputs.bias, scaling=inputs.scaling, dropout_p=P)
-        grads = torch.autograd.grad(y, tensors, inputs.dy) if y.requires_grad else ()
-    return [y.detach(), *grads, torch.random.get_rng_state()]
-
-
-def assert_equal(actual, expected):
-    assert len(actual) == len(expected)
-    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-
-
-class TestTrial:
-    """Trials whose steps run, in the interpreter, on CPU tensors."""
-
-    @pytest.fixture(autouse=True)
-    def on_cpu(self, monkeypatch):
-        monkeypatch.setattr(tuning, "serves", lambda x: True)
-        self.monkeypatch = monkeypatch
-        self.timer = Timer(monkeypatch, TILE_WINS, runs=True)
-
-    def untuned(self, plan, **options):
-        """The step by a plan that nothing was measured for."""
-        self.monkeypatch.setattr(tuning, "_choices", Fixed(plan))
-        result = step(*leaves(), **options)
-        self.monkeypatch.setattr(tuning, "_choices", {})
-        return result
-
-    def test_first_call_equals_second_and_both_what_no_trial_gives(self):
-        inputs, tensors = leaves()
-        before = [tensor.detach().clone() for tensor in (*tensors, inputs.weight, inputs.bias, inputs.dy)]
-        first, second = step(inputs, tensors), step(inputs, tensors)
-        assert len(self.timer.trials) == 1
-        assert_equal(first, second)
-        assert_equal([*tensors, inputs.weight, inputs.bias, inputs.dy], before)
-        assert_equal(first, self.untuned("fused 64x128"))
-
-    def test_the_tensors_of_a_trial_are_its_own(self, monkeypatch):
-        inputs, tensors = leaves()
-        live = {tensor.data_ptr() for tensor in (*tensors, inputs.weight, inputs.bias, inputs.dy)}
-        seen, launch = [], low_rank.launch
-
-        def watched(kernel, grid, *args, **options):
-            if threading.current_thread() is not threading.main_thread():
-                seen.extend(arg.data_ptr() for arg in args if isinstance(arg, torch.Tensor))
-            launch(kernel, grid, *args, **options)
-
-        monkeypatch.setattr(low_rank, "launch", watched)
-        step(inputs, tensors)
-        assert seen
-        assert not live & set(seen)
-
-    @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
-    def test_modes_of_the_caller_do_not_reach_it(self, around):
-        inputs, tensors = leaves()
-        if around is torch.inference_mode:
-            tensors = [tensor.detach() for tensor in tensors]
-        first = step(inputs, tensors, around)
-        assert len(self.timer.trials) == 1
-        assert_equal(first, step(inputs, tensors, around))
-
-    def test_hooks_of_the_caller_do_not_see_its_saved_tensors(self):
-        packed = []
-        hooks = functools.partial(
-            torch.autograd.graph.saved_tensors_hooks, lambda tensor: packed.append(1) or tensor, lambda tensor: tensor
-        )
-        step(*leaves(), hooks)
-        first = len(packed)
-        step(*leaves(), hooks)
-        assert len(self.timer.trials) == 1
-        assert len(packed) == 2 * first > 0
-
-    @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-    def test_checkpointing(self, use_reentrant):
-        inputs, tensors = leaves()
-
-        def run(x, lora_a, lora_b):
-            return lora_linear(x, inputs.weight, lora_a, lora_b, scaling=inputs.scaling, dropout_p=P)
-
-        def checkpointed():
-            torch.manual_seed(7)
-            with peft_fast.backend("triton"):
-                y = checkpoint(run, *tensors, use_reentrant=use_reentrant)
-                for tensor in tensors:
-                    tensor.grad = None
-                y.backward(inputs.dy)
-            return [y.detach(), *(tensor.grad for tensor in tensors)]
-
-        first = checkpointed()
-        assert len(self.timer.trials) == 1
-        assert_equal(first, checkpointed())
-
-    @pytest.mark.parametrize("plan", ["split", "fused", "fused 64x128"])
-    def test_backward_keeps_the_plan_of_forward(self, monkeypatch, plan):
-        monkeypatch.setattr(tuning, "_choices", Fixed(plan))
-        inputs, tensors = leaves()
-        plans, bwd = [], launchers.lora_bwd
-        monkeypatch.setattr(launchers, "lora_bwd", lambda *args, **kw: plans.append(kw["plan"]) or bwd(*args, **kw))
-        tiles = spy(monkeypatch, low_rank, "_matmul_tile")
-        with peft_fast.backend("triton"):
-            y = lora_linear(tensors[0], inputs.weight, *tensors[1:])
-        monkeypatch.setattr(tuning, "_choices", Fixed("split" if plan != "split" else "fused"))
-        torch.autograd.grad(y, tensors, inputs.dy)
-        assert plans == [plan]
-        assert len(tiles) == 2 * (plan != "split")
-        assert {tile.rows for tile in tiles} <= {64 if plan == "fused 64x128" else 128}
-
-    def test_every_plan_is_tried_with_the_calls_of_the_layer(self):
-        """The real steps, timed by the clock."""
-        self.monkeypatch.undo()
-        shape = tuning.Shape(CPU, M, K, N, R, torch.float32, torch.float32, True, False)
-        assert list(tuning._steps(shape)) == ["eager", "split", "fused", "fused 128x128", "fused 64x128"]
-        self.monkeypatch.setattr(tuning, "WARM_RUNS", 1)
-        self.monkeypatch.setattr(tuning, "ROUNDS", 1)
-        self.monkeypatch.setattr(low_rank, "_NAMED_TILES", {})
-        times = tuning._trial(shape, None)
-        assert list(times) == ["eager", "split", "fused"]
-        assert all(milliseconds > 0 for milliseconds in times.values())
-
-
-class Fixed(dict):
-    """Choices of one plan, whatever the shape."""
-
-    def __init__(self, plan):
-        super().__init__()
-        self.plan = plan
-
-    def get(self, key, default=None):
-        return tuning.Choice(self.plan, False)
-
-
-class _Calls(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("dropout", [True, False], ids=["dropout", "no dropout"])
-@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16], ids=["fp32 factors", "bf16 factors"])
-def test_the_stock_that_is_timed_is_peft(factor_dtype, dropout):
-    """Call by call, forward and backward, so that no plan wins over something slower than peft."""
-    model = lora_model(base=_Layer(), target_modules=["linear"], lora_dropout=0.1, r=R)
-    model.base_model.model.linear.base_layer.to(torch.bfloat16)
-    (layer,) = lora_layers(model)
-    for factor in (layer.lora_A, layer.lora_B):
-        factor.to(factor_dtype)
-    layer.base_layer.bias = None
-    layer.train(dropout)
-    x = torch.randn(M, 32, dtype=torch.bfloat16, requires_grad=True)
-    parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-    stock = tuning._steps(tuning.Shape(CPU, M, 32, 48, R, torch.bfloat16, factor_dtype, dropout, False))["eager"]
-    dy = torch.ones(M, 48, dtype=torch.bfloat16)
-    with _Calls() as expected:
-        torch.autograd.grad(layer(x), (x, *parameters), dy)
-    with _Calls() as actual:
-        stock()
-    assert actual.names == expected.names
-    assert len(actual.names) > 10
