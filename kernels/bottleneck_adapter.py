@@ -20,9 +20,10 @@ With ĥ = (h - mean) · rstd and x̂ likewise, means taken over a row:
     dxn = dz Wd,  dx = rstd · (w∘dxn - mean(w∘dxn) - x̂ · mean(w∘dxn∘x̂))   or dxn, + dresidual where residual is x
 
 Saved: x, z in fp32 (fp64 for fp64), each row's mean and rstd, the residual where LN_after is taken over it, the seed;
-never y or the mask. One kernel a direction walks a block of rows from end to end; in backward two more split the
-rows for the weights' gradients. Each draws the mask, and where LN_after is there computes h, again: t is R products an
-element, less than reading it from memory costs.
+never y or the mask. One kernel a direction walks a block of rows from end to end; in backward the skinny pass that LoRA
+has too (`factor_grad`) splits the rows for the weights' gradients. Each draws the mask again. Under LN_after backward
+computes h again, for the means and for dh; dh goes through memory (in fp32 beside fp32 parameters), since computing it
+anew where it is read took an H100 five times as long.
 
 Everything accumulates in fp32 (fp64 for fp64). Parameters of x's type meet operands rounded to that type, as in stock.
 Beside fp32 parameters whatever ends in fp32 (z and so the sign that relu sees, every parameter's gradient, and h under
