@@ -70,7 +70,8 @@ def _run(
     key = (id(kernel), index, *options.values(), *constants, *map(_specialization, args))
     compiled = _compiled.get(key)
     if compiled is None:
-        _compiled[key] = kernel[grid](*args, **constexprs, **options)
+        compiled = kernel[grid](*args, **constexprs, **options)
+        _compiled[key] = compiled.result() if hasattr(compiled, "result") else compiled  # compiled asynchronously
     else:
         compiled[(*grid, 1, 1)[:3]](*args, *constants)
 
@@ -79,7 +80,7 @@ def _specialization(arg: Any) -> Any:
     """What the code compiled for a kernel may take for granted of an argument: at least as fine as Triton's own."""
     if type(arg) is int:
         return arg if arg == 1 else (arg % 16 == 0, -(2**31) <= arg < 2**31)
-    if arg is None or type(arg) is float:
+    if arg is None or isinstance(arg, float):
         return type(arg)
     return arg.dtype, arg.data_ptr() % 16 == 0
 

@@ -182,7 +182,7 @@ def exp(x):
         exponent = x * LOG2E
         rest = tl.fma(x, tl.full(x.shape, LOG2E, tl.float32), -exponent) + x * LOG2E_REST
         power = tl.exp2(exponent)
-        power = tl.where(tl.abs(exponent) < 256, power + power * (rest * LN2), power)
+        power = tl.where(tl.abs(exponent) < 128, power + power * (rest * LN2), power)  # elsewhere 0 or not finite
     return power
 
 

@@ -22,8 +22,8 @@ With ĥ = (h - mean) · rstd and x̂ likewise, means taken over a row:
 Saved: x, z in fp32 (fp64 for fp64), each row's mean and rstd, the residual where LN_after is taken over it, the seed;
 never y or the mask. One kernel a direction walks a block of rows from end to end; in backward the skinny pass that LoRA
 has too (`factor_grad`) splits the rows for the weights' gradients. Each draws the mask again. Under LN_after backward
-computes h again, for the means and for dh; dh goes through memory (in fp32 beside fp32 parameters), since computing it
-anew where it is read took an H100 five times as long.
+computes h again, for the means and for dh; dh goes through memory, in fp32 for fp16 and beside fp32 parameters, since
+computing it anew where it is read took an H100 five times as long.
 
 Everything accumulates in fp32 (fp64 for fp64). Parameters of x's type meet operands rounded to that type, as in stock.
 Beside fp32 parameters whatever ends in fp32 (z and so the sign that relu sees, every parameter's gradient, and h under
@@ -173,7 +173,7 @@ def adapter_bwd(
     dx = empty(M, K, dtype=x.dtype) if "x" in needs else None
     dh = after_dw = after_db = None
     if norm_after is not None and (need_g or need_dresidual or skips_norm):
-        dh = empty(M, N, dtype=wide if split else x.dtype)
+        dh = empty(M, N, dtype=wide if split or x.dtype is torch.float16 else x.dtype)  # fp16 thins out below 2^-14
     if "norm_after" in needs:
         after_dw, after_db = empty(rows, N), empty(rows, N)
     dbd = empty(rows, R) if need_dbd else None
@@ -232,7 +232,7 @@ def adapter_bwd(
             threshold,
             seed,
             scaled=True,
-            split=split,
+            split=dh is not None and dh.dtype is not x.dtype,
             needs=("up_weight" in needs, "up_bias" in needs, False),
         )
     dtype = down_weight.dtype

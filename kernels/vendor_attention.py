@@ -66,6 +66,7 @@ def bwd(
     Not the same bits each time: both kernels add to dq with atomics.
     """
     S, T = query.shape[2], key.shape[2]
+    dy = dy if dy.data_ptr() % 16 == 0 else dy.clone()
     if _choice(query, key, value, is_causal, scale) == CUDNN:
         # torch keeps what cuDNN compiled for one layout of y and dy, and some versions take it for any other.
         dy, y = (_laid_out_as(query, x) for x in (dy, y))

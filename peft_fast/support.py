@@ -39,6 +39,7 @@ MIN_CPU_ADAPTER_ELEMENTS = 1 << 17
 # Below this many logits, copies of the prefix and torch's fused attention cost less than the calls of a function of
 # ours; a quarter of it with dropout, which torch's fused attention does not serve.
 MIN_CPU_ATTENTION_LOGITS = 1 << 20
+MIN_GPU_ATTENTION_LOGITS = 1 << 27
 # The widest heads that the kernels serve, by bytes of an element: wider ones do not fit registers, and fp32 heads of
 # 256 with a cap, or in TF32, not the shared memory of compute capability 8.6, 8.9 and 12.x either, nor does backward
 # with fp64 heads of 128.
@@ -118,7 +119,14 @@ def _runs_triton(device: torch.device) -> bool:
     )
 
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+def _find_triton() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # a stand-in for it, without a specification
+        return False
+
+
+_HAS_TRITON = _find_triton()
 
 
 def _has_triton() -> bool:

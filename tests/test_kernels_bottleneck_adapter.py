@@ -264,6 +264,15 @@ def test_layouts(name, layout, device):
     assert_matches(case)
 
 
+# Where exp overflows, and far beyond; a series that is not taken there overflows too.
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_far_values(activation, device):
+    case = make_case(8, 32, 40, 16, dtypes="fp32", residual="other", activation=activation, device=device)
+    case.tensors["down_bias"][:] = torch.linspace(-200, 200, 16, device=device)
+    assert_matches(case)
+
+
 # A number that no type represents, negative, zero; learned, as a number of no and of one dimension.
 @pytest.mark.parametrize("norms", ["plain", "after"])
 @pytest.mark.parametrize("scaling", [1 / 3, -0.7, 0.0])

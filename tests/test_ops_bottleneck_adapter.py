@@ -354,7 +354,7 @@ def test_small_calls_on_a_gpu_are_the_usual_calls(factors):
         served = [_is_usual_call(x, x, parameters, 1.0, "relu", 0.1, 1e-5) for x in (small, large)]
         elsewhere = [down.cpu(), *parameters[1:]]
         assert not _is_usual_call(small, small, elsewhere, 1.0, "relu", 0.1, 1e-5)
-    assert served == [factors is not torch.float16, False]
+    assert served == [factors is torch.bfloat16, False]
 
 
 def usual_modules(x, parameters):

@@ -223,12 +223,22 @@ def test_small_calls_run_as_usual(options, mask):
             assert_within_budget(actual[name], truth[name], expected[name], length=64, name=name)
 
 
-@pytest.mark.parametrize(("S", "T", "small"), [(512, 512, True), (1024, 1024, False), (1, 1024, False)])
+@pytest.mark.parametrize(("S", "T", "small"), [(512, 512, True), (1024, 1024, False), (1, 1024, False), (1, 64, True)])
 def test_small_calls_on_a_gpu(S, T, small):
     with FakeTensorMode():
         query, key = (torch.empty(16, 16, length, 64, device="cuda", dtype=torch.bfloat16) for length in (S, T))
         prefix_key = torch.empty(16, 8, 64, device="cuda", dtype=torch.bfloat16)
         assert _is_small(query, key, prefix_key, 0.0) == _is_small(query, key, prefix_key, 0.1) == small
+
+
+def test_a_mask_wider_than_the_query_is_not_rounded():
+    """As torch's own attention would: ALiBi's distances in fp32 beside bf16."""
+    inputs = prefix_attention_inputs(1, 2, 2, 64, 64, 3, 16, dtype=torch.bfloat16)
+    distance = (torch.arange(64) - torch.arange(64)[:, None]).float() * 2 ** (-8 / 12)
+    actual = prefix_attention(**inputs.leaves(), attn_mask=distance)
+    truth = reference.prefix_attention(**inputs.to(torch.float64).leaves(), attn_mask=distance.double())
+    expected = reference.prefix_attention(**inputs.leaves(), attn_mask=distance)
+    assert_within_budget(actual, truth, expected, length=64)
 
 
 def test_large_calls_run_as_usual_where_no_key_can_be_left_out():

@@ -374,7 +374,8 @@ def bottleneck_adapter(
         eps: of both LayerNorms.
 
     Returns y (..., N) in x's dtype. Autocast changes nothing but the dtypes that may meet: parameters follow x, and the
-    wider of x and residual is that of y. The mask is made again in backward, never stored.
+    wider of x and residual is that of y. The mask is made again in backward, never stored; but small
+    calls are the usual torch calls, which cost the host less, and keep what they keep.
 
     Raises ValueError where shapes, dtypes or devices do not fit, for an unknown activation or a dropout_p out of range,
     NotImplementedError where an explicit `backend` cannot serve.
@@ -449,18 +450,21 @@ def _is_usual_call(
     if dtype not in support.FLOATING or not shape or down_weight.dim() != 2 or up_weight.dim() != 2:
         return False
     (R, K), N = down_weight.shape, up_weight.shape[0]
-    if (isinstance(scaling, Tensor) and scaling.numel() != 1) or not isinstance(scaling, (float, int, Tensor)):
+    if isinstance(scaling, Tensor):
+        if scaling.numel() != 1 or scaling.device != x.device or (scaling.dim() and scaling.dtype is not dtype):
+            return False
+    elif not isinstance(scaling, (float, int)):
         return False
     of_x = residual is None or (residual is x and N == K)
-    if shape[-1] != K or R == 0 or not (of_x or (residual.dtype is dtype and residual.shape == (*shape[:-1], N))):
+    if shape[-1] != K or R == 0:
+        return False
+    if not of_x and (residual.dtype is not dtype or residual.shape != (*shape[:-1], N) or residual.device != x.device):
         return False
     for tensor, expected in zip(parameters, ((R, K), (R,), (N, R), (N,), (K,), (K,), (N,), (N,)), strict=True):
         if tensor is None:
             continue
-        if tensor.dtype is not down_weight.dtype or tensor.shape != expected or tensor.device != x.device:
+        if tensor.dtype is not dtype or tensor.shape != expected or tensor.device != x.device:
             return False
-    if down_weight.dtype is not dtype and not (x.is_cuda and down_weight.dtype is torch.float32):
-        return False
     return activation in reference.ACTIVATIONS and 0.0 <= dropout_p < 1.0 and eps >= 0
 
 

@@ -286,8 +286,8 @@ def prefix_attention(
 
     Returns y (Z, H, S, DH) in query's dtype, a transposed (Z, S, H, DH). Under autocast query, key and value are cast
     to autocast's dtype first. Neither logits nor masks of dropout are kept for backward, nor copies of the prefix;
-    but on the CPU torch's own attention runs where it is as fast, and keeps what it keeps; its fused kernel has no
-    second derivatives, which `backend("eager")` has everywhere.
+    but torch's own attention runs where it is as fast, in small calls and often on the CPU, and keeps what it keeps;
+    its fused kernels have no second derivatives, which `backend("eager")` has everywhere.
 
     Raises ValueError where shapes, dtypes or devices do not fit or a number is out of range, NotImplementedError where
     an explicit `backend` cannot serve.
@@ -322,6 +322,8 @@ def apply_prefix_attention(
     _validate(tensors, sliding_window, softcap, dropout_p, seed)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     plain = backend == "auto" and seed is None and gate is None and softcap is None
+    if attn_mask is not None:  # torch's own attention would round a wider one
+        plain = plain and torch.promote_types(attn_mask.dtype, query.dtype) is query.dtype
     if (
         plain
         and (
@@ -349,9 +351,11 @@ def apply_prefix_attention(
 
 def _is_small(query: Tensor, key: Tensor, prefix_key: Tensor, dropout_p: float) -> bool:
     """Whether torch's own attention over copies is as fast: each call costs the host microseconds."""
-    if not query.is_cpu:
-        return query.is_cuda and max(query.numel(), key.numel()) < support.MIN_GPU_ELEMENTS
     logits = query.shape[:3].numel() * (prefix_key.shape[1] + key.shape[2])
+    if not query.is_cpu:
+        # Copies of a long cache for each new token are no small matter.
+        few = query.numel() < support.MIN_GPU_ELEMENTS and key.numel() <= max(query.numel(), 1 << 20)
+        return query.is_cuda and few and logits < support.MIN_GPU_ATTENTION_LOGITS
     return logits * (4 if dropout_p else 1) < support.MIN_CPU_ATTENTION_LOGITS
 
 
@@ -398,7 +402,7 @@ def _as_usual(
         mask = F.pad(mask, (P, 0), value=mask.dtype == torch.bool)
         mask = mask if mask.dtype == torch.bool else mask.to(query.dtype)
     keys, values = (
-        torch.cat([prefix.to(query.dtype).expand(Z, -1, -1, -1), own], dim=2)
+        torch.cat([prefix.expand(Z, -1, -1, -1).to(query.dtype), own], dim=2)  # its gradient is summed in its dtype
         for prefix, own in ((prefix_key, key), (prefix_value, value))
     )
     grouped = key.shape[1] != H
