@@ -38,6 +38,9 @@ _PROGRAMS = 256
 # Elements of x from which a skinny pass takes large tiles.
 _LARGE = 1 << 25
 
+# Columns of x up to which dF takes small ones: more programs side by side split the sum less.
+_NARROW = 2048
+
 
 def _skinny_tile(
     x: Tensor,
@@ -81,6 +84,8 @@ def _skinny_tile(
         if with_ds:
             # Wide, because each block of columns leaves partial sums of ds.
             return Tile(64, 256, 0, 32, 8, num_stages)
+        if grad and x.shape[1] <= _NARROW and factor.shape[1] <= 64:
+            return Tile(64, 64, 0, 64, 4 if kind == "sm90" else 8, num_stages)
         return Tile(64, 128, 0, 64 if kind == "sm86" else 128, 8, num_stages)
     # Three terms of the factor are alive at once; without wgmma each warp holds them all in registers.
     if kind in ("sm90", "interpreter") or with_ds:
