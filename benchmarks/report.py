@@ -146,21 +146,19 @@ def roofline(result: dict[str, Any]) -> str:
 def gpu(result: dict[str, Any]) -> str:
     """One row a case: what a step takes, by stock (peft's, or the usual modules) and by ours, and ours over stock's."""
 
-    def cell(variant: dict[str, Any] | None, key: str, digits: int = 3) -> str:
-        return f"{variant[key]:.{digits}f}" if variant and variant.get(key) else ""
+    def cell(variant: dict[str, Any] | None) -> str:
+        return f"{variant['milliseconds']:.3f}" if variant else ""
 
     def over(ours: dict[str, Any] | None, stock: dict[str, Any] | None, key: str) -> str:
         known = ours and stock and ours.get(key) and stock.get(key)
         return f"{ours[key] / stock[key]:.2f}" if known else ""
 
-    lines = []
-    for row in result["rows"] + result["missing"]:
+    def name_of(row: dict[str, Any]) -> str:
         what = f"{row['what']}, {row.get('method') or ', '.join(map(str, row['shape']))}"
-        for name, said in (("dropout", "dropout {}"), ("norm", "norm {}"), ("causal", "causal {}")):
-            what += f", {said.format(row[name])}" if name in row else ""
-        if "reason" in row:
-            lines.append([what, row["reason"], *[""] * 7])
-            continue
+        return what + "".join(f", {name} {row[name]}" for name in ("dropout", "norm", "causal") if name in row)
+
+    lines = []
+    for row in result["rows"]:
         variants = row["variants"]
         stock, ours = (
             next((name for name in names if name in variants), "")
@@ -169,25 +167,21 @@ def gpu(result: dict[str, Any]) -> str:
         one, two = variants.get(stock), variants.get(ours)
         compiled = variants.get(f"{stock} compiled") or variants.get("flex compiled")
         lines.append([
-            what,
-            *(cell(each, "milliseconds") for each in (variants.get("floor"), one, two)),
+            name_of(row),
+            *map(cell, (variants.get("floor"), one, two)),
             over(two, one, "milliseconds"),
             over(two, one, "device_milliseconds"),
-            *(cell(each, "milliseconds") for each in (compiled, variants.get(f"{ours} compiled"))),
+            *map(cell, (compiled, variants.get(f"{ours} compiled"))),
             over(two, one, "peak_bytes"),
         ])  # fmt: skip
-    header = [
-        "",
-        "floor",
-        "stock",
-        "ours",
-        "ratio",
-        "on the GPU alone",
-        "stock, compiled",
-        "ours, compiled",
-        "peak memory",
-    ]
-    return markdown(header, lines)
+    header = " | floor | stock | ours | ratio | on the GPU alone | compiled stock | compiled ours | peak memory".split(
+        " | "
+    )
+    missing: dict[str, list[str]] = {}
+    for row in result["missing"]:
+        missing.setdefault(row["reason"], []).append(name_of(row))
+    notes = [f"\n{reason[0].upper()}{reason[1:]}: {'; '.join(names)}.\n" for reason, names in missing.items()]
+    return markdown(header, lines) + "".join(notes)
 
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
