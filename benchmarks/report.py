@@ -174,14 +174,12 @@ def gpu(result: dict[str, Any]) -> str:
             *map(cell, (compiled, variants.get(f"{ours} compiled"))),
             over(two, one, "peak_bytes"),
         ])  # fmt: skip
-    header = " | floor | stock | ours | ratio | on the GPU alone | compiled stock | compiled ours | peak memory".split(
-        " | "
-    )
+    times = ["floor", "stock", "ours", "ratio", "on the GPU alone", "compiled stock", "compiled ours"]
     missing: dict[str, list[str]] = {}
     for row in result["missing"]:
         missing.setdefault(row["reason"], []).append(name_of(row))
     notes = [f"\n{reason[0].upper()}{reason[1:]}: {'; '.join(names)}.\n" for reason, names in missing.items()]
-    return markdown(header, lines) + "".join(notes)
+    return markdown(["", *times, "peak memory"], lines) + "".join(notes)
 
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
