@@ -130,7 +130,8 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
     if not any(type(module) in (*_PATCHES, *_PATCHED, *_OWN) or _is_prefix(module) for _, module in layers):
         found = ", ".join(sorted({_class_path(module) for _, module in layers})) or "none, call get_peft_model first"
         raise ValueError(
-            f"model: {type(model).__name__} has no LoRA layer or prefix to patch; adapter layers found: {found}"
+            f"model: {type(model).__name__} has no LoRA layer, bottleneck adapter or prefix to patch; "
+            f"adapter layers found: {found}"
         )
     stock = [PatchRow(name, _op(module), "stock", reason) for name, module in layers if (reason := _why_stock(module))]
     if strict and stock:

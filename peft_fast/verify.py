@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_fast.patch import is_patched, patch, swap, unpatch
+from peft_fast.patch import is_patched, patch, report, swap, unpatch
 from peft_fast.testing import error_budget, largest_error, saved_bytes
 
 _GRADIENT = "gradient of "
@@ -42,6 +42,7 @@ class VerifyReport:
 
     `seconds` is the median time of a training step, `saved_bytes` what autograd holds from its forward to its backward
     beside the model's own tensors, `peak_bytes` what the step allocates at its peak on a CUDA device, elsewhere None.
+    `fused` is how many adapter layers ran fused where results were compared, and how many there are.
     `missing` names what stock gives and the patched model does not, `untrained` the parameters that require grad and
     get none from either.
     """
@@ -53,6 +54,7 @@ class VerifyReport:
     seconds: tuple[float, float]
     saved_bytes: tuple[int, int]
     peak_bytes: tuple[int, int] | None
+    fused: tuple[int, int]
 
     @property
     def ok(self) -> bool:
@@ -63,7 +65,8 @@ class VerifyReport:
         stock_ms, patched_ms = (1e3 * seconds for seconds in self.seconds)
         worst = max(self.rows, key=lambda row: row.error / row.budget if row.budget else float(row.error > 0))
         lines = [
-            f"peft_fast.verify: {'ok' if self.ok else 'NOT OK'}, {len(self.rows)} tensors compared",
+            f"peft_fast.verify: {'ok' if self.ok else 'NOT OK'}, {len(self.rows)} tensors compared, "
+            f"{self.fused[0]} of {self.fused[1]} adapter layers fused",
             f"loss       {self.loss[0]:.6f} stock, {self.loss[1]:.6f} patched",
             f"worst      {worst.name}: error {worst.error:.2e}, {worst.budget:.2e} allowed",
             f"step       {stock_ms:.1f} ms stock, {patched_ms:.1f} ms patched{_ratio(self.seconds)}",
@@ -111,6 +114,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any], *, steps: int = 5) -> Ver
         modes = {module: module.training for module in model.modules()}
         model.eval()
         ours = _step(model, batch)
+        states = [row.state for row in report(model).rows]
         unpatch(model)
         stock, truth = _step(model, batch), _wide_step(model, batch)
         for module, mode in modes.items():
@@ -126,6 +130,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any], *, steps: int = 5) -> Ver
             missing=tuple(name for name in stock if name not in ours),
             untrained=tuple(name for name in trainable if _GRADIENT + name not in stock | ours),
             loss=(stock["loss"].item(), ours["loss"].item()),
+            fused=(states.count("fused"), len(states)),
             **_costs(model, batch, layers, steps),
         )
 

@@ -9,7 +9,7 @@ from peft.tuners import lora
 from torch import nn
 
 import peft_fast
-from models import batch, bert, lora_model
+from models import batch, bert, lora_layers, lora_model
 from peft_fast.ops.lora_linear import apply_lora_linear
 from peft_fast.patch import is_patched
 
@@ -41,6 +41,17 @@ def test_a_right_model_is_ok(name, dtype):
     assert all(seconds > 0 for seconds in report.seconds)
     assert "ok" in str(report)
     assert "NOT OK" not in str(report)
+    assert report.fused[0] == report.fused[1] > 2
+    assert f"{report.fused[0]} of {report.fused[1]} adapter layers fused" in str(report)
+
+
+def test_what_ran_stock_is_not_called_fused():
+    model = lora_model()
+    layer = lora_layers(model)[0]
+    layer.lora_A["default"].register_forward_hook(lambda *arguments: None)
+    report = verify(model)
+    assert report.ok
+    assert report.fused == (len(lora_layers(model)) - 1, len(lora_layers(model)))
 
 
 def test_a_prefix_model_of_peft():
@@ -115,7 +126,7 @@ def test_the_model_ends_as_it_was(state):
 
 
 def test_nothing_to_patch():
-    with pytest.raises(ValueError, match="no LoRA layer or prefix to patch"):
+    with pytest.raises(ValueError, match="no LoRA layer, bottleneck adapter or prefix to patch"):
         verify(bert())
 
 

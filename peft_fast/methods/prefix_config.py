@@ -111,8 +111,10 @@ class PrefixConfig(PeftConfig):
     def _check_init(self) -> None:
         if self.reparametrization and self.init != "random":
             raise ValueError(f'init: a reparametrization starts from "random", got {self.init!r}')
-        if (self.init == "text") != (self.init_text is not None):
-            raise ValueError(f'init_text: goes with init="text", got init={self.init!r}, init_text={self.init_text!r}')
+        if self.init == "text" and self.init_text is None:
+            raise ValueError('init_text: init="text" starts from it, but none was given')
+        if self.init != "text" and self.init_text is not None:
+            raise ValueError(f'init_text: goes with init="text", got init={self.init!r}')
         if self.init != "text" or self.trained:
             return
         if not self.init_text:
