@@ -114,7 +114,7 @@ class PrefixConfig(PeftConfig):
         if self.init == "text" and self.init_text is None:
             raise ValueError('init_text: init="text" starts from it, but none was given')
         if self.init != "text" and self.init_text is not None:
-            raise ValueError(f'init_text: goes with init="text", got init={self.init!r}')
+            raise ValueError(f'init_text: goes with init="text", got {self.init_text!r} with init={self.init!r}')
         if self.init != "text" or self.trained:
             return
         if not self.init_text:
