@@ -69,7 +69,7 @@ def _skinny_tile(
     crowded = mixed and (kind == "gfx9" or (kind == "sm100" and with_ds))
     if factor.shape[1] <= 16 and not with_stats:
         if kind == "sm90" and mixed and (with_ds or not grad):
-            # Timed on an H100: 20 to 40% less than with twice the rows or columns, though s or the factor is read twice
+            # Timed on an H100: 6 to 40% less than with twice the rows or columns, though s or the factor is read twice
             # as often, from the second-level cache.
             return Tile(64, 128, 0, 16, 4, 3) if grad else Tile(128, 64, 0, 16, 8, 3)
         if (with_ds or x.numel() >= _LARGE) and not crowded:
@@ -417,8 +417,8 @@ def factor_grad(
 
     x (M, K), s (M, R), F (K, R); df (K, R), or (R, K) where `transposed`. Where `scaled`, df and dbias are times
     scaling too, and both of F's type; otherwise dbias is of x's. Where `split`, products of fp32 operands run on 16-bit
-    tensor cores. With stats (2, M), the rows' means and
-    reciprocal deviations, x stands for (x - mean) · rstd, and df is not rounded to F's type.
+    tensor cores. With stats (2, M), the rows' means and reciprocal deviations, x stands for (x - mean) · rstd, and df
+    is not rounded to F's type.
     """
     need_df, need_dbias, need_ds = needs
     (M, K), R = x.shape, factor.shape[1]

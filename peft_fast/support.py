@@ -39,7 +39,10 @@ MIN_CPU_ADAPTER_ELEMENTS = 1 << 17
 # Below this many logits, copies of the prefix and torch's fused attention cost less than the calls of a function of
 # ours; a quarter of it with dropout, which torch's fused attention does not serve.
 MIN_CPU_ATTENTION_LOGITS = 1 << 20
+
+# The same on a GPU: on an H100 torch's way was faster with 2^26 logits, causal or not, and with 2^28 ours, if causal.
 MIN_GPU_ATTENTION_LOGITS = 1 << 27
+
 # The widest heads that the kernels serve, by bytes of an element: wider ones do not fit registers, and fp32 heads of
 # 256 with a cap, or in TF32, not the shared memory of compute capability 8.6, 8.9 and 12.x either, nor does backward
 # with fp64 heads of 128.
@@ -114,7 +117,7 @@ def _runs_triton(device: torch.device) -> bool:
     return (
         device.type == "cuda"
         and torch.version.hip is None
-        and _has_triton()
+        and _HAS_TRITON
         and torch.cuda.get_device_capability(device) >= (8, 0)
     )
 
@@ -126,15 +129,11 @@ def _find_triton() -> bool:
         return False
 
 
-_HAS_TRITON = _find_triton()
-
-
-def _has_triton() -> bool:
-    return _HAS_TRITON
+_HAS_TRITON = _find_triton()  # once, at import: torch 2.11 cannot trace the question
 
 
 def _interprets_triton() -> bool:
-    if not _has_triton():
+    if not _HAS_TRITON:
         return False
     import triton
 

@@ -374,8 +374,8 @@ def bottleneck_adapter(
         eps: of both LayerNorms.
 
     Returns y (..., N) in x's dtype. Autocast changes nothing but the dtypes that may meet: parameters follow x, and the
-    wider of x and residual is that of y. The mask is made again in backward, never stored; but small
-    calls are the usual torch calls, which cost the host less, and keep what they keep.
+    wider of x and residual is that of y. The mask is made again in backward, never stored; but small calls
+    are the usual torch calls, which cost the host less, and keep what they keep.
 
     Raises ValueError where shapes, dtypes or devices do not fit, for an unknown activation or a dropout_p out of range,
     NotImplementedError where an explicit `backend` cannot serve.
