@@ -145,8 +145,8 @@ def chip(device: torch.device) -> str:
 
 
 # Tiles are the largest that ptxas compiles without stack or spills for ranks up to 384, with and without dropout
-# (tests/test_codegen.py holds them to it). They were read off compiled code, and timed only where it says so. fp32 means
-# IEEE dots on the ordinary cores, whose operands are registers: small tiles.
+# (tests/test_codegen.py holds them to it). They were read off compiled code, and timed only where it says so. fp32
+# means IEEE dots on the ordinary cores, whose operands are registers: small tiles.
 @dataclass(frozen=True)
 class Tile:
     """A rows×cols tile of the result or of the tall operand, `inner` elements of K and `rank` of R a step."""
