@@ -60,7 +60,6 @@ def test_the_same_code_runs_again(run):
 @pytest.mark.parametrize(
     "change",
     [
-        {"size": 1},
         {"size": 33},
         {"size": 2**31},
         {"x": torch.zeros(32, dtype=torch.float16)},
@@ -80,6 +79,14 @@ def test_other_code_for_another_call(run, change):
     run(**call | change)
     assert len(run.kernel.compiled) == 2
     assert [number for number, *_ in run.kernel.launches] == [1]
+
+
+def test_1_is_no_other_number(run):
+    x, out = torch.zeros(32), torch.zeros(32)
+    for size in (33, 1, 35):
+        run(x, out, size=size)
+    assert len(run.kernel.compiled) == 2
+    assert [number for number, *_ in run.kernel.launches] == [0]
 
 
 def test_another_kernel(run, monkeypatch):
