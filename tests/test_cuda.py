@@ -73,19 +73,25 @@ def test_second_device():
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_graph_capture():
-    inputs = cuda_inputs()
+def captured(run):
+    """A graph of `run` and its results, after a first run on another stream, as a capture wants it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        step(inputs)
+        run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(inputs)
+        results = run()
+    return graph, results
+
+
+def test_graph_capture():
+    inputs = cuda_inputs()
+    graph, results = captured(lambda: step(inputs))
     inputs.x.data.normal_()
     graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, step(inputs), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(results, step(inputs), strict=True))
 
 
 @pytest.fixture
@@ -265,15 +271,8 @@ def test_deterministic_backward_is_not_the_vendors(vendor_calls):
 
 def test_graph_capture_of_the_vendors_part(vendor_calls):
     inputs = attention_inputs()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        attention_step(inputs)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = attention_step(inputs)
+    graph, results = captured(lambda: attention_step(inputs))
     inputs.query.normal_()
     graph.replay()
     assert vendor_calls == ["fwd", "bwd"] * 2
-    assert_attention_within_budget(captured, inputs)
+    assert_attention_within_budget(results, inputs)
