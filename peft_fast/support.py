@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
 from peft_fast import tuning
-from peft_fast.eager.dropout import BYTES_FROM
+from peft_fast.eager.dropout import BYTES_FROM, draws_one_by_one
 from peft_fast.reference import drop_threshold
 
 PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -320,18 +320,6 @@ def fusable_dropout(module: nn.Dropout, x: Tensor) -> int:
         return 0
     threshold = drop_threshold(module.p)
     return 0 if threshold >= BYTES_FROM and x.numel() < 2 * MIN_CPU_MODULE_ELEMENTS else threshold
-
-
-@functools.cache
-def draws_one_by_one() -> bool:
-    """Whether this CPU's `F.dropout` takes a number from torch's generator for each element.
-
-    On Intel's CPUs torch takes one seed for MKL instead, which draws in parallel.
-    """
-    few, many = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
-    torch.empty(1, device="cpu").bernoulli_(0.5, generator=few)
-    torch.empty(100, device="cpu").bernoulli_(0.5, generator=many)
-    return not torch.equal(few.get_state(), many.get_state())
 
 
 def _has_global_hooks(layer: nn.Module) -> bool:

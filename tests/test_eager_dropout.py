@@ -21,13 +21,25 @@ def assert_rate(rates: torch.Tensor, p: float, n: int) -> None:
 
 @pytest.mark.parametrize("p", [2**-16, 0.01, 0.1, 0.125, 0.3, 0.5, 0.9], ids=str)
 def test_rate(p):
-    assert_rate(dropped(p, 2, 4096, 1024).mean(), p, 4096 * 1024)
+    # Points are drawn for pieces of 2^16 elements, and then for the rest.
+    for M, K in (4096, 1024), (999, 1001):
+        assert_rate(dropped(p, 2, M, K).mean(), p, M * K)
 
 
 @RATES
 def test_rate_per_column_modulo_eight(p):
     # Eight bytes share one 64-bit draw: a bit that is never set shows in one column of eight.
     assert_rate(dropped(p, 3, 4096, 256).view(4096, 32, 8).mean(dim=(0, 1)), p, 4096 * 32)
+
+
+@RATES
+def test_rate_per_piece(p):
+    # Pieces of 2^16 elements draw their own points, and the rest after them: here three and 20000 elements.
+    n, masks = 3 * 2**16 + 20_000, 200
+    rates = torch.stack([dropped(p, seed, 1, n)[0] for seed in range(masks)]).mean(0)
+    pieces = [piece.mean() for piece in rates.split(2**16)]
+    assert_rate(torch.stack(pieces), p, masks * 20_000)
+    assert_rate(rates, p, masks)
 
 
 @RATES

@@ -68,7 +68,7 @@ def adapter_fwd(
     down, down_bias, up, up_bias = (_cast(p, wide) for p in (down_weight, down_bias, up_weight, up_bias))
     norm_before, norm_after = _cast_norm(norm_before, wide), _cast_norm(norm_after, wide)
     whole = bool(traced) or (x.dtype is wide and not (norm_before or threshold))
-    height = M if whole else block_rows(N)
+    height = M if whole else block_rows(M, N)
     y, z, mean_before, rstd_before, mean_after, rstd_after, v = results = [_Rows(M, height) for _ in range(7)]
     for rows, dropped in _blocks(M, N, height, threshold, seed, wide, traced):
         h = cast(x[rows], wide)
@@ -125,7 +125,7 @@ def adapter_bwd(
     norm_before, norm_after = _cast_norm(norm_before, wide), _cast_norm(norm_after, wide)
     z, mean_before, rstd_before, mean_after, rstd_after, v = saved
     whole = bool(traced) or (x.dtype is wide and not (norm_before or threshold))
-    height = M if whole else block_rows(N)
+    height = M if whole else block_rows(M, N)
     dx, d_residual = _Rows(M, height), _Rows(M, height)
     sums: dict[str, Any] = {}
 

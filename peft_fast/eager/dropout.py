@@ -13,6 +13,7 @@ The same seed gives the same mask in forward, in backward and in a recomputation
 generators, twice as fast as torch's.
 """
 
+import functools
 import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,8 +24,7 @@ from torch import Tensor
 
 from peft_fast.reference import keep_scale
 
-# One block of fp32 activations stays in the cache while it is masked and multiplied. It is small enough, too, for a
-# 32-bit word times its size to pick an element with equal probability, to 2^-13 of that probability.
+# One block of fp32 activations stays in the cache while it is masked and multiplied.
 BLOCK_ELEMENTS = 1 << 19
 BYTES_FROM = 1 << 13  # of 2^16, an eighth: bytes, of a fixed cost, then cost less than points
 
@@ -82,6 +82,18 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(2**63 - 1, (1,), device=device)
 
 
+@functools.cache
+def draws_one_by_one() -> bool:
+    """Whether this CPU's `F.dropout` takes a number from torch's generator for each element.
+
+    On Intel's CPUs torch takes one seed for MKL instead, which draws in parallel.
+    """
+    few, many = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    torch.empty(1, device="cpu").bernoulli_(0.5, generator=few)
+    torch.empty(100, device="cpu").bernoulli_(0.5, generator=many)
+    return not torch.equal(few.get_state(), many.get_state())
+
+
 def dropout_mask(seed: Tensor, shape: Sequence[int], threshold: int) -> Tensor:
     """The mask that `seed` stands for: a boolean (M, K) tensor on seed's device, True where x is kept."""
     mask = torch.ones(shape, dtype=torch.bool, device="cpu")
@@ -104,15 +116,18 @@ def drop(x: Tensor, threshold: int, seed: Tensor, strides: Sequence[int] | None 
     return out
 
 
-def block_rows(K: int) -> int:
-    """The height of a block of rows of length K."""
-    return max(1, BLOCK_ELEMENTS // max(K, 1))
+def block_rows(M: int, K: int) -> int:
+    """The height of blocks of rows of an (M, K) activation: they are about equal, and high ones are whole batches of
+    `matmul`.
+    """
+    height = -(-M // max(1, -(-M * K // BLOCK_ELEMENTS)))
+    return height if height < 64 else -(-height // 16) * 16
 
 
 def dropped_blocks(seed: Tensor, shape: Sequence[int], threshold: int) -> Iterator[tuple[slice, Dropped]]:
     """What dropout with p = threshold / 2^16 drops of an (M, K) activation, in blocks of rows."""
     M, K = shape
-    height = block_rows(K)
+    height = max(1, block_rows(M, K))
     blocks = [slice(start, min(start + height, M)) for start in range(0, max(M, 1), height)]  # an empty one where M = 0
     return zip(blocks, dropped_pieces(seed, [(rows.stop - rows.start, K) for rows in blocks], threshold), strict=True)
 
@@ -143,11 +158,25 @@ def blocks_of(
 
 
 def _points(stream: np.random.SFC64, generator: np.random.Generator, density: float, n: int) -> np.ndarray:
-    """The elements of range(n) that a Poisson process with `density` points for each hits; some more than once."""
-    count = generator.poisson(density * n)
-    words = stream.random_raw((count + 1) // 2).view(np.uint32)[:count]
-    index = np.multiply(words, n, dtype=np.int64)
-    index >>= 32
+    """The elements of range(n) that a Poisson process with `density` points for each hits; some more than once.
+
+    Pieces of 2^16 elements, one after the other: a 16-bit word is then an element, and what it hits stays in the cache.
+    In the rest, a 32-bit word times its size picks each element with the same probability, to 2^-16 of it.
+    """
+    pieces, rest = divmod(n, 1 << 16)
+    counts = generator.poisson(density * (1 << 16), pieces)
+    ends = np.cumsum(counts).tolist()
+    total, more = ends[-1] if pieces else 0, int(generator.poisson(density * rest))
+    index = np.empty(total + more, np.int64)
+    if total:
+        index[:total] = stream.random_raw((total + 3) // 4).view(np.uint16)[:total]
+        for piece in range(1, pieces):
+            index[ends[piece - 1] : ends[piece]] += piece << 16
+    if more:
+        last = index[total:]
+        np.multiply(stream.random_raw((more + 1) // 2).view(np.uint32)[:more], rest, out=last, dtype=np.int64)
+        last >>= 32
+        last += pieces << 16
     return index
 
 

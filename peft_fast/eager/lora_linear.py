@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_fast.eager.dropout import Dropped, blocks_of
-from peft_fast.eager.matmul import add_mm, cast, narrow_mm, tall_mm, wide_dtype
+from peft_fast.eager.matmul import add_linear, cast, linear_plus, narrow_mm, tall_mm, wide_dtype
 from peft_fast.reference import keep_scale
 
 
@@ -47,9 +47,8 @@ def lora_fwd(
     else:
         s = narrow_mm(wide_x, a_t, scaling, traced)
     if x.dtype is wide:
-        y = torch.mm(s, b_t) if bias is None else torch.addmm(bias, s, b_t)
-        return add_mm(y, x, weight.t(), traced), s
-    return add_mm(F.linear(x, weight, bias).to(wide), s, b_t, traced).to(x.dtype), s
+        return linear_plus(x, weight, bias, s, b_t, traced), s
+    return add_linear(F.linear(x, weight, bias).to(wide), s, b_t.t(), traced).to(x.dtype), s
 
 
 def lora_bwd(
@@ -82,7 +81,10 @@ def lora_bwd(
         wide_a, wide_b = cast(lora_a, wide), cast(lora_b, wide)
         scale = scaling * keep_scale(threshold) if threshold else scaling
         ds = narrow_mm(wide_dy, wide_b, scale, traced)  # ds = scaling · dy B
-        if need_x:
+        plain = need_x and not threshold and dy.dtype is wide
+        if plain:
+            dx = linear_plus(dy, weight.t(), None, ds, wide_a, traced)
+        elif need_x:
             dx = torch.mm(ds, wide_a)
         if threshold:
             wide_x = cast(x, wide) if need_a else None
@@ -98,6 +100,8 @@ def lora_bwd(
             da = tall_mm(ds, cast(x, wide), traced)
         if need_a:
             da = cast(da, lora_a.dtype)
-    if need_x:  # dx = mask ∘ (ds A) + dy W
-        dx = add_mm(dx, dy, weight, traced) if dy.dtype is wide else (dx + torch.mm(dy, weight)).to(dy.dtype)
+        if need_x and not plain:  # dx = mask ∘ (ds A) + dy W
+            dx = (
+                add_linear(dx, dy, weight.t(), traced) if dy.dtype is wide else (dx + torch.mm(dy, weight)).to(dy.dtype)
+            )
     return dx, da, db, dbias

@@ -1,0 +1,80 @@
+"""Which library multiplies by the frozen weight on the CPU, and that its sums stay within the budget."""
+
+import pytest
+import torch
+
+from peft_fast import eager, reference
+from peft_fast.eager import matmul
+from peft_fast.ops import lora_linear
+from peft_fast.testing import assert_within_budget, lora_linear_inputs
+from tests.test_ops_lora_linear import assert_op_within_budget
+
+needs_one_dnn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The shapes (M, K, N) that oneDNN multiplied, as on a CPU where it is the faster one."""
+    shapes = []
+
+    def linear(x, weight, bias):
+        shapes.append((x.shape[0], *weight.shape[::-1]))
+        return one_dnn_linear(x, weight, bias)
+
+    one_dnn_linear = matmul._one_dnn_linear
+    monkeypatch.setattr(matmul, "_has_one_dnn", lambda: True)
+    monkeypatch.setattr(matmul, "_one_dnn_linear", linear)
+    return shapes
+
+
+@needs_one_dnn
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "shape", [(1024, 384, 384), (300, 768, 640), (300, 640, 768)], ids=lambda shape: "x".join(map(str, shape))
+)
+def test_budget(taken, shape, dropout_p):
+    M, K, N = shape
+    assert_op_within_budget(lora_linear_inputs(M, K, N, 8), "eager", dropout_p)
+    assert taken == [(M, K, N), (M, N, K)]  # forward, and the input's gradient
+
+
+@needs_one_dnn
+def test_a_transposed_weight_and_a_strided_bias(taken):
+    # GPT-2's Conv1D keeps the transpose; oneDNN would read a strided bias as if it were dense.
+    M, K, N = 512, 512, 512
+    x, weight, lora_a, lora_b = torch.randn(M, K), torch.randn(K, N).t(), torch.randn(8, K), torch.randn(N, 8)
+    bias = torch.randn(2 * N)[::2]
+    y = lora_linear(x, weight, lora_a, lora_b, bias=bias)
+    expected = reference.lora_linear(x, weight, lora_a, lora_b, bias=bias)
+    x, weight, lora_a, lora_b, bias = (tensor.double() for tensor in (x, weight, lora_a, lora_b, bias))
+    truth = reference.lora_linear(x, weight, lora_a, lora_b, bias=bias)
+    assert taken == [(M, K, N)]
+    assert_within_budget(y, truth, expected, length=K)
+
+
+@needs_one_dnn
+@pytest.mark.parametrize(
+    ("x", "weight"),
+    [
+        (torch.zeros(64, 1024), torch.zeros(2048, 1024)),  # a sum so long that one chain exceeds the budget
+        (torch.zeros(256, 512), torch.zeros(512, 512)),  # too few products
+        (torch.zeros(2048, 64), torch.zeros(2048, 64)),  # too short sums
+        (torch.zeros(512, 512), torch.zeros(512, 1024)[:, ::2]),  # not dense: a thousand times slower
+        (torch.zeros(512, 512), torch.zeros(512, 1024)[:, :512]),
+        (torch.zeros(512).expand(512, 512), torch.zeros(512, 512)),
+        (torch.zeros(512, 512, dtype=torch.float64), torch.zeros(512, 512, dtype=torch.float64)),
+    ],
+    ids=["long", "few", "short", "strided", "sliced", "expanded", "float64"],
+)
+def test_what_stays_with_torchs_library(taken, x, weight):
+    out = torch.ones(len(x), len(weight), dtype=x.dtype)
+    assert torch.equal(matmul.add_linear(out, x, weight, ""), torch.ones_like(out))
+    assert not taken
+
+
+@needs_one_dnn
+def test_the_switch_of_torch_is_kept(taken):
+    inputs = lora_linear_inputs(512, 512, 512, 8)
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+        eager.lora_fwd(inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b, None, 1.0, 0, None)
+    assert not taken
