@@ -2,8 +2,8 @@
 
 Patching changes the class of each layer that has a fused op, and of a model with peft's prefix tuning, to a subclass
 whose forward asks, at every call, whether this call may be fused, and runs stock peft where not. The base model's own
-`nn.Dropout` modules change with them: on the CPU they cost as much as matmuls. Modules, parameters, hooks and state are
-not touched.
+`nn.Dropout` modules change with them, and its attention (`patch_attention`): on the CPU their dropout costs as much as
+matmuls. Modules, parameters, hooks and state are not touched.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from peft_fast import support
+from peft_fast import patch_attention, support
 from peft_fast.methods import BottleneckLayer, PrefixLayer, prefix_patch
 from peft_fast.methods.prefix_input import InputLayer
 from peft_fast.ops.dropout import apply_dropout
@@ -65,6 +65,7 @@ _OWN: dict[type, str] = {
 }
 _is_prefix = prefix_patch.is_prefix_model
 _SWAPPED: dict[type, type] = {nn.Dropout: Dropout} | {patch.stock: patch.patched for patch in _ALL}
+patch_attention.register()
 _STOCK = {patched: stock for stock, patched in _SWAPPED.items()}
 
 
@@ -85,7 +86,7 @@ class PatchRow:
 class PatchReport:
     """What runs fused and what does not. `str(report)` is a table.
 
-    `dropouts` is the number of patched dropout modules of a base model on the CPU; they have no rows.
+    `dropouts` is the number of patched dropouts of a base model on the CPU; they have no rows.
     """
 
     rows: tuple[PatchRow, ...]
@@ -109,8 +110,9 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
     """Let the adapter layers of `model` run fused, in place. Patching twice does no more than patching once.
 
     Only `forward` changes: modules, parameters, hooks, state_dict keys, isinstance checks, saving, merging and
-    switching of adapters stay as they were. A call that cannot be fused runs stock peft. On the CPU the `nn.Dropout`
-    modules of the base model draw their masks faster; those masks are other ones than stock's.
+    switching of adapters stay as they were. A call that cannot be fused runs stock peft. On the CPU the base model's
+    `nn.Dropout` modules and the dropout of its attention draw their masks faster; those masks are other ones than
+    stock's. For the attention, the config that asks for "sdpa" names a function of this package while patched.
 
     The layers of `BottleneckConfig` and `PrefixConfig` run fused without it; of their models only the dropouts change.
 
@@ -145,6 +147,8 @@ def swap(module: Any) -> None:
     """Patch this very module."""
     if _is_prefix(module):
         prefix_patch.swap(module)
+    elif patch_attention.takes(module):
+        patch_attention.swap(module)
     elif type(module) in _SWAPPED:
         module.__class__ = _SWAPPED[type(module)]
 
@@ -154,6 +158,8 @@ def unpatch(model: nn.Module) -> None:
     for module in model.modules():
         if _is_prefix(module):
             prefix_patch.swap_back(module)
+        elif patch_attention.is_swapped(module):
+            patch_attention.swap_back(module)
         elif type(module) in _STOCK:
             module.__class__ = _STOCK[type(module)]
             module.__dict__.pop(support.STOCK_CALL, None)
@@ -171,17 +177,27 @@ def report(model: nn.Module) -> PatchReport:
         note = prefix_patch.CHECKPOINTED if _is_prefix(module) and prefix_patch.is_checkpointed(module) else ""
         rows.append(PatchRow(name, _op(module), "stock" if reason else "fused", reason or note))
     gains = support.draws_one_by_one() and any(parameter.is_cpu for parameter in model.parameters())
-    dropouts = sum(type(module) is Dropout and module.p > 0 for module in model.modules()) if gains else 0
+    dropouts = sum(_drops_faster(module) for module in model.modules()) if gains else 0
     return PatchReport(tuple(rows), dropouts)
 
 
+def _drops_faster(module: nn.Module) -> bool:
+    if patch_attention.is_swapped(module):  # whose dropout may be a module, which counts itself
+        return not any(type(child) is Dropout for child in module.children())
+    return type(module) is Dropout and module.p > 0
+
+
 def _dropouts(model: nn.Module) -> list[nn.Module]:
-    """The dropout modules of the base model: those of an adapter layer are part of its op."""
+    """The modules of the base model that drop: those of an adapter layer are part of its op."""
     own: set[nn.Module] = set()
     for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
         base = getattr(layer, "base_layer", None)
         own |= set(layer.modules()) - set(() if base is None else base.modules())
-    return [module for module in model.modules() if type(module) is nn.Dropout and module not in own]
+    found: list[nn.Module] = []
+    found += [module for module in model.modules() if type(module) is nn.Dropout and module not in own]
+    if not any(_is_prefix(module) for module in model.modules()):  # their attention goes another way
+        found += [module for module in model.modules() if patch_attention.takes(module)]
+    return found
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -192,7 +208,7 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def is_patched(module: nn.Module) -> bool:
     """Whether `patch` has changed the class of this very module."""
-    return type(module) in _STOCK or type(module) in prefix_patch.PATCHED
+    return type(module) in _STOCK or type(module) in prefix_patch.PATCHED or patch_attention.is_swapped(module)
 
 
 def _since_patching(module: Any) -> str:

@@ -322,6 +322,38 @@ def fusable_dropout(module: nn.Dropout, x: Tensor) -> int:
     return 0 if threshold >= BYTES_FROM and x.numel() < 2 * MIN_CPU_MODULE_ELEMENTS else threshold
 
 
+def fusable_attention_dropout(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool
+) -> int:
+    """How many of 2^16 values drop a probability, where attention gains by `ops.attention_dropout`; else 0.
+
+    As with `fusable_dropout`, who watches the call must not count.
+    """
+    tensors = (query, key, value) if mask is None else (query, key, value, mask)
+    fusable = (
+        0 < dropout_p < 1
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+        and all(type(tensor) in PLAIN_TENSORS and tensor.is_cpu and not tensor.is_nested for tensor in tensors)
+        and not in_transform()
+        and query.dtype in (torch.float32, torch.float64)
+        and query.dtype is key.dtype is value.dtype
+        and not torch.is_autocast_enabled("cpu")
+        and query.shape[:2] == key.shape[:2]
+        and query.shape[3] == key.shape[3]
+        and key.shape == value.shape
+        and (query.shape[2] == key.shape[2] or not is_causal)
+        and (mask is None or (mask.dtype is torch.bool and mask.dim() == 4))
+        and draws_one_by_one()
+    )
+    if not fusable or query.shape[:3].numel() * key.shape[2] < MIN_CPU_MODULE_ELEMENTS:
+        return 0
+    if mask is not None and not bool(mask.any(-1).all()):  # of a query that sees no key torch makes 0
+        return 0
+    return drop_threshold(dropout_p)
+
+
 def _has_global_hooks(layer: nn.Module) -> bool:
     """Whether global module hooks are there, or were at the forward that checkpointing repeats inside backward."""
     if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:

@@ -1,5 +1,7 @@
 """The ops from ordinary torch calls: the fast path where Triton does not serve."""
 
+from peft_fast.eager.attention_dropout import dropped_attention_bwd as dropped_attention_bwd
+from peft_fast.eager.attention_dropout import dropped_attention_fwd as dropped_attention_fwd
 from peft_fast.eager.bottleneck_adapter import adapter_bwd as adapter_bwd
 from peft_fast.eager.bottleneck_adapter import adapter_fwd as adapter_fwd
 from peft_fast.eager.dropout import draw_seed as draw_seed

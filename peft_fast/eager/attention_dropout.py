@@ -1,0 +1,68 @@
+"""Attention with dropout on its probabilities, from ordinary torch calls; the formulas are those of the op."""
+
+import torch
+from torch import Tensor
+
+from peft_fast.eager.dropout import dropped_blocks
+from peft_fast.reference import keep_scale
+
+
+def dropped_attention_fwd(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, threshold: int, seed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """y (Z, H, S, DH) and p (Z, H, S, T) of query (Z, H, S, DH), key and value (Z, H, T, DH)."""
+    logits = _product(_matrices(query), _matrices(key).mT, scale).view(*query.shape[:3], key.shape[2])
+    if bias is not None:
+        logits += bias
+    p = torch.softmax(logits, -1, out=logits)
+    weights = p.clone()
+    _drop_(seed, threshold, weights)
+    y = _product(_matrices(weights), _matrices(value), keep_scale(threshold))
+    return y.view(query.shape), p
+
+
+def dropped_attention_bwd(
+    dy: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    p: Tensor,
+    scale: float,
+    threshold: int,
+    seed: Tensor,
+    *,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dq, dk and dv from dy (Z, H, S, DH), each only where `needs` asks for it."""
+    need_query, need_key, need_value = needs
+    dy, keep = _matrices(dy), keep_scale(threshold)
+    weights, dp = p.clone(), _product(dy, _matrices(value).mT, keep).view(p.shape)
+    _drop_(seed, threshold, weights, dp)
+    dq = dk = dv = None
+    if need_value:
+        dv = _product(_matrices(weights).mT, dy, keep).view(value.shape)
+    if need_query or need_key:
+        ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
+        if need_query:
+            dq = _product(_matrices(ds), _matrices(key), scale).view(query.shape)
+        if need_key:
+            dk = _product(_matrices(ds).mT, _matrices(query), scale).view(key.shape)
+    return dq, dk, dv
+
+
+def _drop_(seed: Tensor, threshold: int, *tensors: Tensor) -> None:
+    """Set to zero what the seed drops of tensors (Z, H, S, T)."""
+    matrices = [tensor.view(-1, tensor.shape[-1]) for tensor in tensors]
+    for rows, dropped in dropped_blocks(seed, matrices[0].shape, threshold):
+        for matrix in matrices:
+            dropped.mask_(matrix[rows])
+
+
+def _matrices(tensor: Tensor) -> Tensor:
+    """(Z, H, S, D) as (Z · H, S, D)."""
+    return tensor.reshape(-1, *tensor.shape[2:])
+
+
+def _product(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """alpha · a b."""
+    return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=alpha)
