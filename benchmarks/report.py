@@ -1,9 +1,9 @@
 """Tables and plots of what is in benchmarks/results: the newest file of each benchmark.
 
-    python -m benchmarks.report             # rewrite the README's tables and the plots beside the results
-    python -m benchmarks.report --check     # exit 1 where the README's tables are not those of the results
+    python -m benchmarks.report             # rewrite the tables of both pages and the plots beside the results
+    python -m benchmarks.report --check     # exit 1 where a page's tables are not those of the results
 
-A table of the README stands between <!-- table: NAME --> and <!-- end -->.
+The pages are README.md and benchmarks/README.md; a table stands between <!-- table: NAME --> and <!-- end -->.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
+PAGES = (Path(__file__).parent.parent / "README.md", Path(__file__).parent / "README.md")
 _STAMP = r"-\d{4}-\d{2}-\d{2}\.json"
 _BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 GREY, ORANGE, BLUE = "0.7", "C1", "C0"
@@ -200,12 +200,12 @@ def table(name: str) -> str:
     file, render = TABLES[name]
     result = newest(file)
     if result is None:
-        raise SystemExit(f"README.md asks for table {name!r}, but there is no {file}-DATE.json in {RESULTS}")
+        raise SystemExit(f"a page asks for table {name!r}, but there is no {file}-DATE.json in {RESULTS}")
     return render(result)
 
 
 def rendered(text: str) -> str:
-    """The README with its tables made from the results."""
+    """A page with its tables made from the results."""
     return _BLOCK.sub(lambda block: block[1] + table(block[2]) + block[3], text)
 
 
@@ -285,13 +285,13 @@ def draw() -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only compare; exit 1 where the README is behind")
-    options = parser.parse_args()
-    text = README.read_text()
-    if options.check:
-        sys.exit(0 if rendered(text) == text else "README.md: run `python -m benchmarks.report`")
-    README.write_text(rendered(text))
-    print("README.md", *draw(), sep="\n")
+    parser.add_argument("--check", action="store_true", help="only compare; exit 1 where a page is behind")
+    behind = [page for page in PAGES if rendered(text := page.read_text()) != text]
+    if parser.parse_args().check:
+        sys.exit(f"run `python -m benchmarks.report`: {', '.join(map(str, behind))}" if behind else 0)
+    for page in behind:
+        page.write_text(rendered(page.read_text()))
+    print(*PAGES, *draw(), sep="\n")
 
 
 if __name__ == "__main__":

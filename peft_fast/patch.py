@@ -65,7 +65,6 @@ _OWN: dict[type, str] = {
 }
 _is_prefix = prefix_patch.is_prefix_model
 _SWAPPED: dict[type, type] = {nn.Dropout: Dropout} | {patch.stock: patch.patched for patch in _ALL}
-patch_attention.register()
 _STOCK = {patched: stock for stock, patched in _SWAPPED.items()}
 
 
@@ -93,6 +92,8 @@ class PatchReport:
     dropouts: int = 0
 
     def __str__(self) -> str:
+        if not self.rows:
+            return "peft_fast: no adapter layers"
         fused = sum(row.state == "fused" for row in self.rows)
         dropouts = f"; {self.dropouts} dropouts of the base model too" if self.dropouts else ""
         table = [
@@ -112,7 +113,7 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
     Only `forward` changes: modules, parameters, hooks, state_dict keys, isinstance checks, saving, merging and
     switching of adapters stay as they were. A call that cannot be fused runs stock peft. On the CPU the base model's
     `nn.Dropout` modules and the dropout of its attention draw their masks faster; those masks are other ones than
-    stock's. For the attention, the config that asks for "sdpa" names a function of this package while patched.
+    stock's.
 
     The layers of `BottleneckConfig` and `PrefixConfig` run fused without it; of their models only the dropouts change.
 
@@ -182,7 +183,7 @@ def report(model: nn.Module) -> PatchReport:
 
 
 def _drops_faster(module: nn.Module) -> bool:
-    if patch_attention.is_swapped(module):  # whose dropout may be a module, which counts itself
+    if patch_attention.is_used(module):  # its dropout may be a module, which counts itself
         return not any(type(child) is Dropout for child in module.children())
     return type(module) is Dropout and module.p > 0
 
@@ -193,11 +194,11 @@ def _dropouts(model: nn.Module) -> list[nn.Module]:
     for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
         base = getattr(layer, "base_layer", None)
         own |= set(layer.modules()) - set(() if base is None else base.modules())
-    found: list[nn.Module] = []
-    found += [module for module in model.modules() if type(module) is nn.Dropout and module not in own]
-    if not any(_is_prefix(module) for module in model.modules()):  # their attention goes another way
-        found += [module for module in model.modules() if patch_attention.takes(module)]
-    return found
+    return [
+        module
+        for module in model.modules()
+        if (type(module) is nn.Dropout and module not in own) or patch_attention.takes(module)
+    ]
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -1,55 +1,54 @@
 """Attention dropout of the base model on the CPU, through transformers' attention interface.
 
-Where an attention module's config says "sdpa" and has attention dropout, its config names a function of this file
-instead, and the module has a mark. That function looks at every call, and hands those that would not gain, and those of
-modules without the mark, to the function that "sdpa" stands for.
+Attention modules whose config has attention dropout get a mark, and the function that the interface has for "sdpa" is
+replaced by one that looks at every call: calls of marked modules that gain run here, all others go to transformers'
+function. Configs, on whose names models and masks depend, stay as they are.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from peft_fast import support
 from peft_fast.methods.prefix_interface import dispatches
 from peft_fast.ops.attention_dropout import apply_attention_dropout
 
-NAME = "peft_fast_sdpa"
 _MARK = "_peft_fast_attention_dropout"
-# What the function of "sdpa" does with these is its own affair.
-_OTHER = ("position_bias", "cache", "softcap", "output_attentions")
 
 
-def takes(module: Any) -> bool:
-    """Whether `swap` would do something: the module asks for "sdpa", and its config drops of attention.
-
-    Modules share a config, which may have been changed for another one.
-    """
-    if is_swapped(module) or not dispatches(module):
-        return False
-    return module.config._attn_implementation in ("sdpa", NAME) and _drops(module.config)
+def takes(module: nn.Module) -> bool:
+    """Whether `swap` would do something: its config has attention dropout, and "sdpa" is no function of a user's."""
+    known = AttentionInterface()["sdpa"] in (sdpa_attention_forward, _attention)
+    return known and not is_swapped(module) and dispatches(module) and _drops(getattr(module, "config", None))
 
 
-def swap(module: Any) -> None:
+def swap(module: nn.Module) -> None:
     module.__dict__[_MARK] = True
-    # The public setter would also change the configs of the model's other parts.
-    module.config._attn_implementation_internal = NAME
+    AttentionInterface.register("sdpa", _attention)
 
 
-def swap_back(module: Any) -> None:
+def swap_back(module: nn.Module) -> None:
     del module.__dict__[_MARK]
-    if module.config._attn_implementation == NAME:
-        module.config._attn_implementation_internal = "sdpa"
 
 
 def is_swapped(module: nn.Module) -> bool:
     return _MARK in module.__dict__
 
 
+def is_used(module: Any) -> bool:
+    """Whether calls of the module come here: it has the mark, and asks for "sdpa"."""
+    if not is_swapped(module) or AttentionInterface()["sdpa"] is not _attention:
+        return False
+    return getattr(module.config, "_attn_implementation", None) == "sdpa"
+
+
 def _drops(config: Any) -> bool:
     """Whether a config sets attention dropout, under any of the names that models have for it."""
-    return any("att" in name and "drop" in name and value for name, value in vars(config).items())
+    settings = getattr(config, "__dict__", {})
+    return any("att" in name and "drop" in name and value for name, value in settings.items())
 
 
 def _attention(
@@ -64,13 +63,13 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention function: query (Z, H, S, DH), key and value (Z, H, T, DH) to y (Z, S, H, DH)."""
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     threshold = 0
-    if is_swapped(module) and not any(kwargs.get(name) is not None for name in _OTHER):
+    if dropout and is_swapped(module) and not _asks_for_more(kwargs):
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        causal = bool(causal) and attention_mask is None and query.shape[2] > 1
         threshold = support.fusable_attention_dropout(query, key, value, attention_mask, dropout, causal)
     if not threshold:
-        return AttentionInterface()["sdpa"](
+        return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
     if causal:
@@ -83,7 +82,7 @@ def _attention(
     return apply_attention_dropout(query, key, value, bias, scale, threshold).transpose(1, 2).contiguous(), None
 
 
-def register() -> None:
-    """Add this file's function to transformers' tables. Doing it again changes nothing."""
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
+def _asks_for_more(kwargs: dict[str, Any]) -> bool:
+    """Whether a call has arguments that transformers' function answers in ways of its own."""
+    given = any(kwargs.get(name) is not None for name in ("position_bias", "cache", "softcap"))
+    return given or bool(kwargs.get("output_attentions"))

@@ -105,8 +105,11 @@ def verify(model: nn.Module, batch: Mapping[str, Any], *, steps: int = 5) -> Ver
 
     The lora_B of a fresh adapter is zero, and hides an error of what it multiplies: verify one that has learned.
 
-    Raises ValueError where the model has nothing to patch, returns no loss, or cannot run in the wider dtype.
+    Raises ValueError where the model has nothing to patch, returns no loss, or cannot run in the wider dtype, and where
+    the batch is no mapping.
     """
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"batch: expected the keyword arguments of the model's forward, got {type(batch).__name__}")
     with _restored(model) as patched:
         if not patched:
             patch(model)  # raises where nothing can be patched

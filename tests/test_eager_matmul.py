@@ -30,7 +30,7 @@ def taken(monkeypatch):
 @needs_one_dnn
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize(
-    "shape", [(1024, 384, 384), (300, 768, 640), (300, 640, 768)], ids=lambda shape: "x".join(map(str, shape))
+    "shape", [(1024, 384, 384), (2800, 128, 384), (2800, 384, 128)], ids=lambda shape: "x".join(map(str, shape))
 )
 def test_budget(taken, shape, dropout_p):
     M, K, N = shape
@@ -41,7 +41,7 @@ def test_budget(taken, shape, dropout_p):
 @needs_one_dnn
 def test_a_transposed_weight_and_a_strided_bias(taken):
     # GPT-2's Conv1D keeps the transpose; oneDNN would read a strided bias as if it were dense.
-    M, K, N = 512, 512, 512
+    M, K, N = 1024, 384, 384
     x, weight, lora_a, lora_b = torch.randn(M, K), torch.randn(K, N).t(), torch.randn(8, K), torch.randn(N, 8)
     bias = torch.randn(2 * N)[::2]
     y = lora_linear(x, weight, lora_a, lora_b, bias=bias)
@@ -56,13 +56,13 @@ def test_a_transposed_weight_and_a_strided_bias(taken):
 @pytest.mark.parametrize(
     ("x", "weight"),
     [
-        (torch.zeros(64, 1024), torch.zeros(2048, 1024)),  # a sum so long that one chain exceeds the budget
-        (torch.zeros(256, 512), torch.zeros(512, 512)),  # too few products
+        (torch.zeros(512, 512), torch.zeros(512, 512)),  # a sum so long that one chain exceeds the budget
+        (torch.zeros(256, 384), torch.zeros(384, 384)),  # too few products
         (torch.zeros(2048, 64), torch.zeros(2048, 64)),  # too short sums
-        (torch.zeros(512, 512), torch.zeros(512, 1024)[:, ::2]),  # not dense: a thousand times slower
-        (torch.zeros(512, 512), torch.zeros(512, 1024)[:, :512]),
-        (torch.zeros(512).expand(512, 512), torch.zeros(512, 512)),
-        (torch.zeros(512, 512, dtype=torch.float64), torch.zeros(512, 512, dtype=torch.float64)),
+        (torch.zeros(1024, 384), torch.zeros(384, 768)[:, ::2]),  # not dense: a thousand times slower
+        (torch.zeros(1024, 384), torch.zeros(384, 768)[:, :384]),
+        (torch.zeros(384).expand(1024, 384), torch.zeros(384, 384)),
+        (torch.zeros(1024, 384, dtype=torch.float64), torch.zeros(384, 384, dtype=torch.float64)),
     ],
     ids=["long", "few", "short", "strided", "sliced", "expanded", "float64"],
 )
@@ -74,7 +74,7 @@ def test_what_stays_with_torchs_library(taken, x, weight):
 
 @needs_one_dnn
 def test_the_switch_of_torch_is_kept(taken):
-    inputs = lora_linear_inputs(512, 512, 512, 8)
+    inputs = lora_linear_inputs(1024, 384, 384, 8)
     with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
         eager.lora_fwd(inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b, None, 1.0, 0, None)
     assert not taken

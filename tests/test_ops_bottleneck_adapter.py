@@ -366,6 +366,7 @@ def test_autocast(dtype):
 
 BAD = {
     "x": ({"x": torch.randn(4, 9)}, "x does not fit: expected x (..., K)"),
+    "transposed": ({"down_weight": torch.randn(8, 2)}, "down_weight does not fit"),
     "residual": ({"residual": torch.randn(4, 9)}, "residual does not fit"),
     "up_weight": ({"up_weight": torch.randn(8, 3)}, "up_weight does not fit"),
     "down_bias": ({"down_bias": torch.randn(3)}, "down_bias does not fit"),

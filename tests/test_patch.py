@@ -320,6 +320,9 @@ class TestReport:
             peft_fast.patch(bert())
         peft_fast.unpatch(bert())
 
+    def test_a_model_without_adapters_says_so(self):
+        assert str(peft_fast.report(torch.nn.Linear(2, 2))) == "peft_fast: no adapter layers"
+
     def test_a_call_too_small_is_reported_until_a_larger_one(self):
         model = patched_copy(lora_model(lora_dropout=0.1))
         layer = lora_layers(model)[0]

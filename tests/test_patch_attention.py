@@ -1,8 +1,8 @@
 """Attention dropout of the base model: on the CPU, patched attention modules draw their masks from a seed."""
 
 import copy
-import json
 import pickle
+import warnings
 from contextlib import nullcontext
 
 import families
@@ -13,6 +13,8 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, BertForSequenceClassification
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import peft_fast
 from models import fill_lora_b, loss_and_gradients
@@ -74,6 +76,27 @@ def test_values_and_gradients(shape, masked, dtype):
     for name, *tensors in zip(("y", "dq", "dk", "dv"), actual, truth, expected, strict=True):
         assert_within_budget(*tensors, length=max(S, key.shape[2], DH), name=name)
     assert abs((~mask).double().mean() - P) < 5 * (P * (1 - P) / mask.numel()) ** 0.5
+
+
+def test_backward_inside_autocast():
+    # On its own dtype's terms, as torch's attention, whose backward does not ask autocast.
+    query, key, value, bias, dy = inputs()
+    results = []
+    for inside in (False, True):
+        leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+        y = apply_attention_dropout(*leaves, bias, 0.25, THRESHOLD, torch.tensor([3]))
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            results.append(torch.autograd.grad(y, leaves, dy))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_backward_under_vmap():
+    query, key, value, bias, dy = inputs()
+    leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+    y = apply_attention_dropout(*leaves, bias, 0.25, THRESHOLD, torch.tensor([3]))
+    batched = torch.vmap(lambda dy: torch.autograd.grad(y, leaves, dy, retain_graph=True))(torch.stack([dy, 2 * dy]))
+    for both, one in zip(batched, torch.autograd.grad(y, leaves, dy), strict=True):
+        assert torch.allclose(both, torch.stack([one, 2 * one]), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("needed", ["query", "key", "value"])
@@ -187,24 +210,71 @@ def patched_model(**kwargs):
     return model
 
 
-def test_patch_and_its_undo(tmp_path):
+def test_patch_and_its_undo():
     model = classifier()
     before = copy.deepcopy(vars(model.config))
     report = peft_fast.patch(model)
     modules = attention_modules(model)
     assert len(modules) == 2
-    assert all(map(patch_attention.is_swapped, modules))
-    assert {module.config._attn_implementation for module in modules} == {patch_attention.NAME}
+    assert all(map(patch_attention.is_used, modules))
+    assert vars(model.config) == before
     assert report.dropouts == sum(isinstance(module, Dropout) for module in model.modules())
     assert str(peft_fast.patch(model)) == str(report)  # once is enough
-    # Neither the config nor a model loaded from it knows of this.
-    model.config.save_pretrained(tmp_path)
-    assert "peft_fast" not in json.dumps(model.config.to_dict()) + (tmp_path / "config.json").read_text()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert str(peft_fast.report(other)) == str(report)
     peft_fast.unpatch(model)
-    assert vars(model.config) == before
     assert not any("peft_fast" in name for module in modules for name in vars(module))
+
+
+def test_verify_leaves_the_marks():
+    model = patched_model()
+    model.base_model.model.set_attn_implementation("eager")
+    peft_fast.verify(model, families.batch("bert"), steps=1)
+    assert all(map(patch_attention.is_swapped, attention_modules(model)))
+
+
+@pytest.fixture
+def own_attention(monkeypatch):
+    """A user's attention function under transformers' name."""
+
+    def attention(*args, **kwargs):
+        seen.append(args)
+        return sdpa_attention_forward(*args, **kwargs)
+
+    seen = []
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", attention)
+    return seen
+
+
+def test_a_users_function_keeps_its_say(own_attention, calls):
+    model = patched_model()
+    assert not any(map(patch_attention.is_swapped, attention_modules(model)))
+    model(**families.batch("bert"))
+    assert len(own_attention) == 2
+    assert not calls
+
+
+def test_a_users_function_registered_later_takes_over(request, calls):
+    model = patched_model()
+    seen = request.getfixturevalue("own_attention")
+    model(**families.batch("bert"))
+    assert len(seen) == 2
+    assert not calls
+    assert not any(map(patch_attention.is_used, attention_modules(model)))
+
+
+def test_modules_of_other_kinds_are_passed_by():
+    class Attention(torch.nn.Module):
+        def forward(self, x):
+            return ALL_ATTENTION_FUNCTIONS and x
+
+    model = classifier()
+    model.other = Attention()  # without a config
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model.scripted = torch.jit.script(torch.nn.Linear(2, 2))
+    peft_fast.patch(model)
+    peft_fast.unpatch(model)
 
 
 def test_attention_whose_dropout_is_a_number_counts():
@@ -217,48 +287,46 @@ def test_attention_whose_dropout_is_a_number_counts():
     assert peft_fast.patch(bart).dropouts == len(attention_modules(bart)) == 6
 
 
-def test_a_model_that_shares_the_config_stays_stock(calls):
+def test_other_models_stay_stock(calls):
     base = families.build("bert")
     other = BertForSequenceClassification(base.config).train()
-    other.config = base.config
-    for module in attention_modules(other):
-        module.config = base.config
     model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
     peft_fast.patch(model)
-    assert attention_modules(other)[0].config._attn_implementation == patch_attention.NAME
     other(**families.batch("bert")).loss.backward()
     assert not calls
     model.train()(**families.batch("bert")).loss.backward()
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_another_implementation_chosen_later_is_taken(implementation, calls):
+def test_another_implementation_chosen_later_is_taken(calls):
     model = patched_model()
-    model.base_model.model.set_attn_implementation(implementation)
-    model(**families.batch("bert"))
-    assert not calls
-    peft_fast.unpatch(model)
-    assert model.config._attn_implementation == implementation
+    for implementation, fast in ("eager", 0), ("sdpa", 2):
+        model.base_model.model.set_attn_implementation(implementation)
+        model(**families.batch("bert"))
+        assert len(calls) == fast
+        assert sum(map(patch_attention.is_used, attention_modules(model))) == fast
 
 
-def test_eager_attention_and_models_without_attention_dropout_are_left_alone():
-    for model in (classifier(attention_dropout=0.0), classifier()):
-        if model.config.attention_dropout:
-            model.base_model.model.set_attn_implementation("eager")
-        else:
-            model.config.attention_probs_dropout_prob = 0.0
-        before = model.config._attn_implementation
-        peft_fast.patch(model)
-        assert model.config._attn_implementation == before
-        assert not any(map(patch_attention.is_swapped, attention_modules(model)))
-
-
-def test_prefixes_keep_their_own_function():
-    model = get_peft_model(families.build("bert"), PrefixConfig(num_virtual_tokens=3, task_type="SEQ_CLS"))
-    name = model.config._attn_implementation
+def test_models_without_attention_dropout_are_left_alone():
+    model = classifier(attention_dropout=0.0)
+    model.config.attention_probs_dropout_prob = 0.0
     peft_fast.patch(model)
-    assert model.config._attn_implementation == name != patch_attention.NAME
+    assert not any(map(patch_attention.is_swapped, attention_modules(model)))
+
+
+def test_prefixes_keep_their_own_function(calls):
+    model = get_peft_model(families.build("bert"), PrefixConfig(num_virtual_tokens=3, task_type="SEQ_CLS"))
+    peft_fast.patch(model)
+    model.train()(**families.batch("bert"))
+    assert not calls
+    with model.disable_adapter():
+        model(**families.batch("bert"))
+    assert len(calls) == 2
+
+
+def _causal(tensors):
+    """Fewer queries than keys, and no mask."""
+    return [tensors[0][:, :, :4], *tensors[1:3], None]
 
 
 @pytest.mark.parametrize(
@@ -271,8 +339,18 @@ def test_prefixes_keep_their_own_function():
         lambda tensors, kwargs: tensors[3][1, :, 2:4].fill_(False),
         lambda tensors, kwargs: kwargs.update(dropout=0.0),
         lambda tensors, kwargs: kwargs.update(position_bias=torch.zeros(1, 3, 6, 6)),
+        lambda tensors, kwargs: kwargs.update(is_causal=True) or tensors.__setitem__(slice(0, 4), _causal(tensors)),
     ],
-    ids=["float mask", "flat mask", "one head of keys", "bfloat16", "sees nothing", "no dropout", "position bias"],
+    ids=[
+        "float mask",
+        "flat mask",
+        "one head of keys",
+        "bfloat16",
+        "sees nothing",
+        "no dropout",
+        "position bias",
+        "causal",
+    ],
 )
 def test_other_calls_are_stocks(change, calls):
     query, key, value, _, _ = inputs(S=6, T=6)
@@ -280,9 +358,9 @@ def test_other_calls_are_stocks(change, calls):
     change(tensors, kwargs)
     module = attention_modules(patched_model())[0]
     results = []
-    for name in (patch_attention.NAME, "sdpa"):
+    for attention in (AttentionInterface()["sdpa"], sdpa_attention_forward):
         torch.manual_seed(1)
-        results.append(AttentionInterface()[name](module, *tensors, scaling=0.25, **kwargs)[0])
+        results.append(attention(module, *tensors, scaling=0.25, **kwargs)[0])
     assert torch.equal(*results)
     assert not calls
 
@@ -294,7 +372,7 @@ def test_checkpointing_draws_the_same_mask(use_reentrant, watched, calls):
     query, key, value, _, _ = inputs(S=64, T=64)
     value = value.detach().requires_grad_()
     mask = torch.ones(2, 1, 64, 64, dtype=torch.bool)
-    attention = AttentionInterface()[patch_attention.NAME]
+    attention = AttentionInterface()["sdpa"]
     with FlopCounterMode(display=False) if watched == "forward" else nullcontext():
         y = checkpoint(
             lambda v: attention(module, query, key, v, mask, 0.5)[0] * 1.0, value, use_reentrant=use_reentrant
@@ -315,7 +393,7 @@ def test_calls_that_are_watched_or_transformed(calls):
     mask = torch.ones(2, 1, 20, 28, dtype=torch.bool)
 
     def attention(query, key, value):
-        return AttentionInterface()[patch_attention.NAME](module, query, key, value, mask, dropout=0.1)[0]
+        return AttentionInterface()["sdpa"](module, query, key, value, mask, dropout=0.1)[0]
 
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert attention(*map(mode.from_tensor, (query, key, value))).shape == (2, 20, 3, 16)

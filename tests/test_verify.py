@@ -130,6 +130,11 @@ def test_nothing_to_patch():
         verify(bert())
 
 
+def test_a_batch_that_is_no_mapping():
+    with pytest.raises(ValueError, match="batch: expected the keyword arguments of the model's forward, got list"):
+        peft_fast.verify(lora_model(), [1, 2])
+
+
 def test_a_model_without_a_wider_dtype():
     with pytest.raises(ValueError, match="no dtype that has a wider one"):
         verify(lora_model().double())

@@ -23,9 +23,9 @@ def dropped_attention_fwd(
 
 def dropped_attention_bwd(
     dy: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Tensor | None,
+    key: Tensor | None,
+    value: Tensor | None,
     p: Tensor,
     scale: float,
     threshold: int,
@@ -33,20 +33,27 @@ def dropped_attention_bwd(
     *,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dq, dk and dv from dy (Z, H, S, DH), each only where `needs` asks for it."""
+    """dq, dk and dv from dy (Z, H, S, DH), each only where `needs` asks for it.
+
+    Query, key and value may be None where neither dq nor dk is needed.
+    """
     need_query, need_key, need_value = needs
-    dy, keep = _matrices(dy), keep_scale(threshold)
-    weights, dp = p.clone(), _product(dy, _matrices(value).mT, keep).view(p.shape)
-    _drop_(seed, threshold, weights, dp)
+    Z, H, _, DH = dy.shape
+    keep = keep_scale(threshold)
+    weights, dy = p.clone(), _matrices(dy)
     dq = dk = dv = None
-    if need_value:
-        dv = _product(_matrices(weights).mT, dy, keep).view(value.shape)
-    if need_query or need_key:
-        ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
+    if query is None or key is None or value is None:
+        _drop_(seed, threshold, weights)
+    else:
+        dp = _product(dy, _matrices(value).mT, keep).view(p.shape)
+        _drop_(seed, threshold, weights, dp)
+        ds = _matrices(torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp))
         if need_query:
-            dq = _product(_matrices(ds), _matrices(key), scale).view(query.shape)
+            dq = _product(ds, _matrices(key), scale).view(query.shape)
         if need_key:
-            dk = _product(_matrices(ds).mT, _matrices(query), scale).view(key.shape)
+            dk = _product(ds.mT, _matrices(query), scale).view(key.shape)
+    if need_value:
+        dv = _product(_matrices(weights).mT, dy, keep).view(Z, H, -1, DH)
     return dq, dk, dv
 
 

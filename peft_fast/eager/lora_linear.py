@@ -99,7 +99,7 @@ def lora_bwd(
         elif need_a:
             da = tall_mm(ds, cast(x, wide), traced)
         if need_a:
-            da = cast(da, lora_a.dtype)
+            da = cast(da.contiguous(), lora_a.dtype)
         if need_x and not plain:  # dx = mask ∘ (ds A) + dy W
             dx = (
                 add_linear(dx, dy, weight.t(), traced) if dy.dtype is wide else (dx + torch.mm(dy, weight)).to(dy.dtype)

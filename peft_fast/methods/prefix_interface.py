@@ -33,7 +33,8 @@ _eager_functions: dict[type, Callable] = {}
 
 def dispatches(module: nn.Module) -> bool:
     """Whether a module looks its attention function up in transformers' interface."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    forward = getattr(type(module), "forward", None)  # a scripted module's raises an AttributeError
+    code = None if forward is None else getattr(inspect.unwrap(forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 

@@ -1,6 +1,6 @@
 """Attention whose probabilities are dropped, on the CPU, for the frozen model around the adapters.
 
-    p = softmax(scale · q Kᵀ + bias)     y  = drop(p) V          dV = drop(p)ᵀ dy
+    p  = softmax(scale · q Kᵀ + bias)    y  = drop(p) V           dV = drop(p)ᵀ dy
     dp = drop(dy Vᵀ)                     ds = p ∘ (dp - Σ p dp)   dq = scale · ds K     dK = scale · dsᵀ q
 
 torch's fused attention does not serve dropout there. What runs instead draws one Bernoulli variable after the other,
@@ -14,44 +14,57 @@ from peft_fast import eager, reference, support
 
 
 class _AttentionDropout(torch.autograd.Function):
-    """Saves query, key and value, the bias, p and the seed, whoever watches the call: checkpointing compares them."""
+    """Saves p, the seed and, for the gradients of query and key, the inputs: whoever watches the call, the same ones,
+    since checkpointing compares them.
+    """
 
     @staticmethod
     def forward(ctx, query, key, value, bias, scale, threshold, seed):
-        ctx.scale, ctx.threshold = scale, threshold
         if support.runs_plainly(query):
             y, p = eager.dropped_attention_fwd(query, key, value, bias, scale, threshold, seed)
         else:
-            y, p = _differentiable(query, key, value, bias, scale, threshold, seed)
-        ctx.save_for_backward(query, key, value, bias, p, seed)
+            p = _probabilities(query, key, bias, scale)
+            y = (p * _weights_mask(p, threshold, seed)) @ value
+        ctx.scale, ctx.threshold = scale, threshold
+        inputs = (query, key, value, bias) if any(ctx.needs_input_grad[:2]) else (None,) * 4
+        ctx.save_for_backward(*inputs, p, seed)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        query, key, value, bias, p, seed = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        create_graph = torch.is_grad_enabled()
-        if support.runs_plainly(dy) and not create_graph:
-            grads = eager.dropped_attention_bwd(dy, query, key, value, p, ctx.scale, ctx.threshold, seed, needs=needs)
-            return *grads, None, None, None, None
-        with torch.enable_grad():
-            # Nodes of their own: where one input is a function of another, this must not run on through its history.
-            query, key, value = (tensor.view_as(tensor) for tensor in (query, key, value))
-            if not create_graph:
-                query, key, value = (tensor.detach().requires_grad_() for tensor in (query, key, value))
-            y, _ = _differentiable(query, key, value, bias, ctx.scale, ctx.threshold, seed)
-            inputs = [tensor for tensor, need in zip((query, key, value), needs, strict=True) if need]
-            found = iter(torch.autograd.grad(y, inputs, dy, create_graph=create_graph))
-        return *(next(found) if need else None for need in needs), None, None, None, None
+        with torch.autocast(dy.device.type, enabled=False):  # it may be called inside an autocast region
+            return *_backward(ctx, dy), None, None, None, None
 
 
-def _differentiable(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, threshold: int, seed: Tensor
-) -> tuple[Tensor, Tensor]:
+def _backward(ctx, dy):
+    query, key, value, bias, p, seed = ctx.saved_tensors
+    needs, scale, threshold = ctx.needs_input_grad[:3], ctx.scale, ctx.threshold
+    if support.runs_plainly(dy) and not torch.is_grad_enabled():
+        return eager.dropped_attention_bwd(dy, query, key, value, p, scale, threshold, seed, needs=needs)
+    need_query, need_key, need_value = needs
+    if torch.is_grad_enabled() and query is not None:  # create_graph=True
+        p = _probabilities(query, key, bias, scale)
+    mask = _weights_mask(p, threshold, seed)
+    dq = dk = dv = None
+    if need_value:
+        dv = (p * mask).mT @ dy
+    if need_query or need_key:
+        dp = mask * (dy @ value.mT)
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+        dq = scale * ds @ key if need_query else None
+        dk = scale * ds.mT @ query if need_key else None
+    return dq, dk, dv
+
+
+def _probabilities(query: Tensor, key: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     logits = scale * query @ key.mT
-    p = torch.softmax(logits if bias is None else logits + bias, -1)
+    return torch.softmax(logits if bias is None else logits + bias, -1)
+
+
+def _weights_mask(p: Tensor, threshold: int, seed: Tensor) -> Tensor:
+    """mask / (1 - p_drop) for probabilities (Z, H, S, T)."""
     mask = torch.ops.peft_fast.dropout_mask(seed, (p.shape[:-1].numel(), p.shape[-1]), threshold, "eager")
-    return reference.keep_scale(threshold) * (p * mask.view(p.shape)) @ value, p
+    return mask.view(p.shape) * reference.keep_scale(threshold)
 
 
 def apply_attention_dropout(

@@ -76,7 +76,8 @@ def _validate(
     shapes |= {"norm_after_weight": (N,), "norm_after_bias": (N,)}
     for name, shape in shapes.items():
         if name in named and named[name].shape != shape:
-            raise misfit(name)
+            transposed = name == "x" and x.shape[-1] == R
+            raise misfit("down_weight" if transposed else name)
     if R == 0:
         raise misfit("a bottleneck of size 0")
     for name, tensor in named.items():
