@@ -64,7 +64,7 @@ def test_the_gpu_benchmark_wants_a_gpu(monkeypatch):
 @pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.parent.name)
 def test_the_pages_have_the_tables_of_the_results(page):
     text = page.read_text()
-    assert text.count("<!-- table: ") == len(report._BLOCK.findall(text)) > 1
+    assert text.count("<!-- table: ") == len(report._BLOCK.findall(text)) > 0
     assert report.rendered(text) == text
 
 
