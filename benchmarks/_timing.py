@@ -43,6 +43,11 @@ class Turns:
         return {name: 1e3 * statistics.median(values) for name, values in self.seconds.items()}
 
 
+def ignore_known_warnings() -> None:
+    """peft 0.21 asks transformers 5.23 for a property under its old name."""
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
 def main(doc: str | None, measure: Callable[[float], list[dict]], missed_bars: Callable[[dict], list[str]]) -> None:
     """The command of a benchmark: `measure` prints and returns its rows, `missed_bars` says what a row misses."""
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
@@ -50,8 +55,7 @@ def main(doc: str | None, measure: Callable[[float], list[dict]], missed_bars: C
     parser.add_argument("--seconds", type=float, default=5.0, help="how long to measure a row (default 5)")
     parser.add_argument("--json", type=Path, help="write the rows, with device and versions, to this file")
     arguments = parser.parse_args()
-    # peft 0.21 asks transformers 5.23 for a property under its old name.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    ignore_known_warnings()
     rows = measure(arguments.seconds)
     if arguments.json:
         write_rows(arguments.json, rows)
