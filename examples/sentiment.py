@@ -7,9 +7,9 @@
     python examples/sentiment.py --model roberta-base --data reviews.csv --label-column stars
 
 Everything is ordinary Transformers and PEFT code but for one line, in `Task.build_model`. The two LoRA models start
-from the same seed, see the same batches in the same order, and take turns, one epoch each, so that a machine
-that slows down slows both. What was trained is saved, and evaluated again in a new process. The program prints one
-table and writes summary.json, loss.png and the adapters to the folder --out.
+from the same seed, see the same batches in the same order, and take turns, a quarter of an epoch each, so that a
+machine that slows down slows both. What was trained is saved, and evaluated again in a new process. The program prints
+one table and writes summary.json, loss.png and the adapters to the folder --out.
 """
 
 import argparse
@@ -29,6 +29,7 @@ import transformers
 from _assets import AssetError, Row, default_model, default_rows, read_rows, split
 from _report import Result, draw_losses, print_table, write_summary
 from peft import PeftModel, TaskType, get_peft_model
+from torch.utils.data import Subset
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -47,7 +48,8 @@ import peft_fast
 from peft_fast.testing import saved_bytes
 
 COMPARED_STEPS = 50  # steps without dropout over which the two loss curves are compared
-WARM_UP_STEPS = 5  # first steps of an epoch that are left out of the timing
+TURNS = 4  # in an epoch, fewer where it is short
+WARM_UP_STEPS = 5  # first steps of a turn that are left out of the timing
 
 # peft 0.21 still reads this name, which transformers 5.23 renamed; nothing in this program can.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -98,6 +100,7 @@ class Task:
                 f"the first {WARM_UP_STEPS} do not count; take a smaller --batch-size or more rows"
             )
         self.options = options
+        self.turns = max(1, min(TURNS, len(train) // (2 * WARM_UP_STEPS * options.batch_size)))
         self.model_name = options.model or default_model()
         self.labels = sorted({label for _, label in train + held_out})
         try:
@@ -114,6 +117,12 @@ class Task:
             {**{key: tokens[key][i] for key in tokens}, "labels": self.labels.index(label)}
             for i, (_, label) in enumerate(rows)
         ]
+
+    def parts(self, epoch: int) -> list[Subset]:
+        """The training rows of an epoch in another order, cut into turns."""
+        generator = torch.Generator().manual_seed(self.options.seed + epoch)
+        order = torch.randperm(len(self.train), generator=generator)
+        return [Subset(self.train, part.tolist()) for part in order.tensor_split(self.turns)]
 
     def base_model(self, *, dropout: bool = True) -> PreTrainedModel:
         """The pretrained encoder with a new classifier."""
@@ -144,9 +153,10 @@ class Task:
         return model
 
     def trainer(self, model: torch.nn.Module, watch: "Watch", **arguments) -> Trainer:
-        """A Trainer whose `train()` is one epoch, or `max_steps`; called again, it goes on from there."""
+        """A Trainer whose `train()` goes once over its rows, or `max_steps`; called again, it goes on from there."""
         options = self.options
-        steps = arguments.get("max_steps") or options.epochs * math.ceil(len(self.train) / options.batch_size)
+        steps_of_a_turn = math.ceil(len(self.train) / self.turns / options.batch_size)
+        steps = arguments.get("max_steps") or options.epochs * self.turns * steps_of_a_turn
         optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.0)
         trainer = Trainer(
             model=model,
@@ -229,14 +239,18 @@ def train(task: Task) -> dict[str, Result]:
     for name, result in results.items():
         result.saved_activation_bytes = task.step_bytes(models[name])
     for epoch in range(options.epochs):
-        # Stock first, then patched first: a machine that grows slower is no advantage to either.
-        for name in sorted(results, reverse=epoch % 2 == 0):
+        for turn, rows in enumerate(task.parts(epoch)):
+            # Stock first, then patched first: a machine that grows slower is no advantage to either.
+            for name in sorted(results, reverse=turn % 2 == 0):
+                watches[name].title = f"{name:7} epoch {epoch + 1}/{options.epochs}, part {turn + 1}/{task.turns}"
+                trainers[name].train_dataset = rows
+                # Dropout draws from the generator that orders the batches, and the two draw different numbers.
+                set_seed(options.seed + task.turns * epoch + turn)
+                trainers[name].train()
+        for name, result in results.items():
             watches[name].title = f"{name:7} epoch {epoch + 1}/{options.epochs}"
-            # Dropout draws from the generator that orders the batches, and the two draw different numbers.
-            set_seed(options.seed + epoch)
-            trainers[name].train()
             accuracy = trainers[name].evaluate()["eval_accuracy"]
-            results[name].accuracy_by_epoch.append(accuracy)
+            result.accuracy_by_epoch.append(accuracy)
             print(f"{name:7} epoch {epoch + 1}/{options.epochs}: held-out accuracy {accuracy:.3f}")
     for name, result in results.items():
         result.accuracy = result.accuracy_by_epoch[-1]
