@@ -208,7 +208,7 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def is_patched(module: nn.Module) -> bool:
-    """Whether `patch` has changed the class of this very module."""
+    """Whether `patch` has changed this very module."""
     return type(module) in _STOCK or type(module) in prefix_patch.PATCHED or patch_attention.is_swapped(module)
 
 

@@ -10,20 +10,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 
+from kernel_cases import DTYPES, SEED
+
 from peft_fast import reference
 from peft_fast.kernels.prefix_attention import attention_bwd, attention_dropout_mask, attention_fwd
 from peft_fast.testing import PrefixAttentionInputs, assert_within_budget, prefix_attention_inputs
-
-SEED = 0x5EED_0F_D20F_0075
-# (the sequence, the prefix)
-DTYPES = {
-    "fp64": (torch.float64, torch.float64),
-    "fp32": (torch.float32, torch.float32),
-    "fp16": (torch.float16, torch.float16),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "fp16-fp32": (torch.float16, torch.float32),
-    "bf16-fp32": (torch.bfloat16, torch.float32),
-}
 
 
 @dataclass

@@ -9,6 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from kernel_cases import DTYPES, SEED
 from triton.backends.compiler import GPUTarget
 
 from peft_fast import reference
@@ -18,17 +19,7 @@ from peft_fast.kernels.bottleneck_adapter import adapter_bwd, adapter_fwd
 from peft_fast.kernels.dropout import dropout_mask
 from peft_fast.testing import assert_within_budget
 
-SEED = 0x5EED_0F_D20F_0075
 EPS = 1e-5
-# (activations, parameters)
-DTYPES = {
-    "fp64": (torch.float64, torch.float64),
-    "fp32": (torch.float32, torch.float32),
-    "fp16": (torch.float16, torch.float16),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "fp16-fp32": (torch.float16, torch.float32),
-    "bf16-fp32": (torch.bfloat16, torch.float32),
-}
 MOST_PATHS = ("fp64", "bf16-fp32")
 # name -> (LN_before, LN_after, residual_after_norm)
 NORMS = {

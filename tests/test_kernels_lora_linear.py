@@ -9,6 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from kernel_cases import DTYPES, SEED
 from triton.backends.compiler import GPUTarget
 
 from peft_fast import reference
@@ -19,18 +20,8 @@ from peft_fast.kernels.lora_linear import lora_bwd, lora_fwd
 from peft_fast.testing import LoraLinearInputs, assert_within_budget, lora_linear_inputs
 
 PLANS = ["fused", "split"]
-SEED = 0x5EED_0F_D20F_0075
 ALL = (True, True, True, True)
 NAMES = ("dx", "da", "db", "dbias")
-# (activations and weight, factors)
-DTYPES = {
-    "fp64": (torch.float64, torch.float64),
-    "fp32": (torch.float32, torch.float32),
-    "fp16": (torch.float16, torch.float16),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "fp16-fp32": (torch.float16, torch.float32),
-    "bf16-fp32": (torch.bfloat16, torch.float32),
-}
 
 
 def inputs_with_zeros(M, K, N, R, *, device, dtypes="fp32", **kwargs) -> LoraLinearInputs:

@@ -324,6 +324,14 @@ def test_prefixes_keep_their_own_function(calls):
     assert len(calls) == 2
 
 
+def test_attention_weights_that_are_not_asked_for(calls):
+    # As Whisper and others pass it on.
+    query, key, value, _, _ = inputs(S=6, T=6)
+    module = attention_modules(patched_model())[0]
+    AttentionInterface()["sdpa"](module, query, key, value, None, dropout=0.1, output_attentions=False)
+    assert len(calls) == 1
+
+
 def _causal(tensors):
     """Fewer queries than keys, and no mask."""
     return [tensors[0][:, :, :4], *tensors[1:3], None]

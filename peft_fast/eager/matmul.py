@@ -101,9 +101,9 @@ def _one_dnn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _takes_one_dnn(x: Tensor, weight: Tensor, traced: str) -> bool:
     """Whether x Wᵀ takes less time by oneDNN than by MKL, which torch calls in fp32.
 
-    MKL is at its best on Intel's CPUs alone. On AMD's Zen 4, within a model's step, oneDNN took 0.9 of its time, and as
-    long for 2^26 products. It adds up long sums in one chain: MKL's error times 1.5 for 384 terms, 2.5 for 768, beyond
-    the budget, and 3.5 for 3072. A weight that is not dense it reads a thousand times slower.
+    MKL is at its best on Intel's CPUs alone. On AMD's Zen 4, within a model's step, oneDNN took 0.93 of its time, and
+    as long for 2^26 products. It adds up long sums in one chain: MKL's error times 1.5 for 384 terms, 2.5 for 768,
+    beyond the budget, and 3.5 for 3072. A weight that is not dense it reads a thousand times slower.
     """
     (N, K), M = weight.shape, x.shape[0]
     return (
