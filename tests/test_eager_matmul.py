@@ -78,3 +78,12 @@ def test_the_switch_of_torch_is_kept(taken):
     with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
         eager.lora_fwd(inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b, None, 1.0, 0, None)
     assert not taken
+
+
+@pytest.mark.parametrize("R", [8, 64])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_gradients_of_the_factors_are_dense(R, dropout_p):
+    inputs = lora_linear_inputs(512, 128, 160, R)
+    leaves = [inputs.lora_a.requires_grad_(), inputs.lora_b.requires_grad_()]
+    y = lora_linear(inputs.x, inputs.weight, *leaves, dropout_p=dropout_p)
+    assert all(gradient.is_contiguous() for gradient in torch.autograd.grad(y, leaves, inputs.dy))
