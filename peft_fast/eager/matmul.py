@@ -122,4 +122,5 @@ def _takes_one_dnn(x: Tensor, weight: Tensor, traced: str) -> bool:
 
 @functools.cache
 def _has_one_dnn() -> bool:
+    # Where torch draws one by one, the CPU is not Intel's.
     return torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available() and draws_one_by_one()
