@@ -42,8 +42,8 @@ def _factor_grad(a: Any) -> Cost:
 
 def _sum_partials(a: Any) -> Cost:
     read = written = 0
-    for name in ("first", "second", "third"):
-        partials, out, count, length = (getattr(a, name + end) for end in ("_ptr", "_out_ptr", "_count", "_size"))
+    for i in range(6):
+        partials, out, count, length = (getattr(a, f"{name}_{i}") for name in ("partials", "out", "count", "size"))
         read += count * length * size(partials)
         written += length * size(out)
     return read, written, read + written, 0

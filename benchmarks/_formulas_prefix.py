@@ -109,16 +109,8 @@ def _dkv(a: Any) -> Cost:
     return read, written, asked + written, 2 * 4 * steps * a.BLOCK_M * a.BLOCK_N * a.BLOCK_D
 
 
-def _sum_prefix_grads(a: Any) -> Cost:
-    given = [(a.dk_parts_ptr, a.dk_ptr), (a.dv_parts_ptr, a.dv_ptr)]
-    read = sum(a.count * a.size * size(parts) for parts, _ in given)
-    written = sum(a.size * size(out) for _, out in given)
-    return read, written, read + written, 0
-
-
 KERNELS = {
     "attention_fwd_kernel": _forward,
     "attention_dq_kernel": _dq,
     "attention_dkv_kernel": _dkv,
-    "sum_prefix_grads_kernel": _sum_prefix_grads,
 }

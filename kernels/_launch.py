@@ -1,16 +1,18 @@
-"""What every launcher shares: launching on the right device, 64-bit offsets, the kind of chip, recorded launches."""
+"""What every launcher shares: plans of launches, 64-bit offsets, the kind of chip, recorded launches."""
 
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -39,50 +41,101 @@ def recording(target: GPUTarget) -> Iterator[list[Launch]]:
         _recording.reset(token)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int, **constexprs: Any) -> None:
-    """Run `kernel` over `grid` on the device and the current stream of its first tensor; an empty grid is no launch."""
-    if 0 in grid:
-        return
-    recorded = _recording.get()
-    if recorded is not None:
-        recorded[1].append(Launch(kernel, grid, args, constexprs, num_warps, num_stages))
-        return
-    device = next(arg for arg in args if isinstance(arg, Tensor)).device
-    options = {"num_warps": num_warps, "num_stages": num_stages}
-    if device.type != "cuda" or torch.version.hip:
-        kernel[grid](*args, **constexprs, **options)
-    elif device.index == torch.cuda.current_device():
-        _run(kernel, grid, args, constexprs, options, device.index)
-    else:
-        with torch.cuda.device(device):
-            _run(kernel, grid, args, constexprs, options, device.index)
+class Plan:
+    """A launch but for its tensors and what their values decide: made once for all calls that are laid out alike.
 
+    Called with the arguments that come first, it runs `kernel` with them and `numbers` on the current stream of
+    `device`; an empty grid is no launch.
+    """
 
-# What `kernel[grid](...)` compiled, by what Triton compiles anew for. Its own look-up took the host of an H100 about
-# 50 us a launch more, and a training step of small layers has nothing else to wait for.
-_compiled: dict[tuple, Any] = {}
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        *numbers: int | None,
+        device: torch.device,
+        num_warps: int,
+        num_stages: int,
+        **constexprs: Any,
+    ) -> None:
+        self.kernel, self.grid, self.numbers, self.device = kernel, grid, numbers, device
+        self.constexprs, self.num_warps, self.num_stages = constexprs, num_warps, num_stages
+        # What runs the kernel that Triton compiled, by what it compiles anew for. Its own look-up took the host of an
+        # H100 about 50 us a launch more, and a training step of small layers has nothing else to wait for.
+        self.compiled: dict[tuple, Any] = {}
 
+    def __call__(self, *first: Any) -> None:
+        recorded = _recording.get()
+        if recorded is not None:
+            if 0 not in self.grid:
+                arguments = (*first, *self.numbers)
+                recorded[1].append(
+                    Launch(self.kernel, self.grid, arguments, self.constexprs, self.num_warps, self.num_stages)
+                )
+        elif 0 in self.grid:
+            return
+        elif self.device.type != "cuda" or torch.version.hip:
+            self._launch(first)
+        elif self.device.index == torch.cuda.current_device():
+            self._run(first)
+        else:
+            with torch.cuda.device(self.device):
+                self._run(first)
 
-def _run(
-    kernel: Any, grid: tuple, args: tuple, constexprs: dict[str, Any], options: dict[str, int], index: int
-) -> None:
-    constants = [constexprs[name] for name in kernel.arg_names[len(args) :]]
-    key = (id(kernel), index, *options.values(), *constants, *map(_specialization, args))
-    compiled = _compiled.get(key)
-    if compiled is None:
-        compiled = kernel[grid](*args, **constexprs, **options)
-        _compiled[key] = compiled.result() if hasattr(compiled, "result") else compiled  # compiled asynchronously
-    else:
-        compiled[(*grid, 1, 1)[:3]](*args, *constants)
+    def _launch(self, first: tuple) -> Any:
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return self.kernel[self.grid](*first, *self.numbers, **self.constexprs, **options)
+
+    def _run(self, first: tuple) -> None:
+        key = tuple(map(_specialization, first))
+        run = self.compiled.get(key)
+        if run is not None:
+            run(*first, *self.rest)
+            return
+        compiled = self._launch(first)
+        compiled = compiled.result() if hasattr(compiled, "result") else compiled  # compiled asynchronously
+        names = self.kernel.arg_names[len(first) + len(self.numbers) :]
+        self.rest = (*self.numbers, *(self.constexprs[name] for name in names))
+        self.compiled[key] = compiled[(*self.grid, 1, 1)[:3]]
 
 
 def _specialization(arg: Any) -> Any:
     """What the code compiled for a kernel may take for granted of an argument: at least as fine as Triton's own."""
+    if isinstance(arg, Tensor):
+        return arg.dtype, arg.data_ptr() % 16 == 0
     if type(arg) is int:
         return arg if arg == 1 else (arg % 16 == 0, -(2**31) <= arg < 2**31)
-    if arg is None or isinstance(arg, float):
-        return type(arg)
-    return arg.dtype, arg.data_ptr() % 16 == 0
+    return type(arg)
+
+
+# Of every `by_layout` function, by its arguments. Batches of many lengths make many, so that their number is bounded.
+_plans: dict[tuple, Any] = {}
+_MOST_PLANS = 1 << 14
+
+
+def by_layout(make: Callable[..., Made]) -> Callable[..., Made]:
+    """Keep what `make` returns, which depends on its arguments, of tensors on no more than their layout.
+
+    The first argument is the tensor whose dtype and device the kernel goes by.
+    """
+
+    @functools.wraps(make)
+    def find(x: Tensor, *others: Any) -> Made:
+        recorded = _recording.get()
+        target = x.device if recorded is None else recorded[0]
+        key = (make, target, precision(x.dtype), _layout(x), *map(_layout, others))
+        found = _plans.get(key)
+        if found is None:
+            if len(_plans) >= _MOST_PLANS:
+                _plans.clear()
+            found = _plans[key] = make(x, *others)
+        return found
+
+    return find
+
+
+def _layout(arg: Any) -> Any:
+    return (arg.shape, arg.stride(), arg.dtype) if isinstance(arg, Tensor) else arg
 
 
 # Triton's own serve device code too, and take microseconds.

@@ -36,10 +36,90 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._launch import cdiv, launch, needs_int64, precision, rank_block, unit
+from ._launch import Plan, by_layout, cdiv, needs_int64, precision, rank_block, unit
 from .bottleneck_norm import down_grad
 from .bottleneck_rows import Norm, adapter_bwd_kernel, adapter_fwd_kernel, adapter_tile, dense
-from .skinny import _accumulator, _scaling_arguments, _sums, factor_grad
+from .skinny import _accumulator, _scaling_arguments, factor_grad, sums
+
+
+@by_layout
+def _fwd_plan(
+    x: Tensor,
+    residual: Tensor | None,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    norms: tuple[bool, bool],
+    activation: str,
+    residual_after_norm: bool,
+) -> Plan:
+    (M, K), (N, R) = x.shape, up_weight.shape
+    tile = adapter_tile(x, down_weight, R, *norms)
+    block_r = rank_block(R, tile)
+    stride_rm = 0 if residual is None else residual.stride(0)
+    return Plan(
+        adapter_fwd_kernel,
+        (cdiv(M, tile.rows),),
+        M,
+        N,
+        K,
+        R,
+        x.stride(0),
+        stride_rm,
+        ACTIVATION=activation,
+        RESIDUAL_AFTER_NORM=residual_after_norm,
+        SPLIT=down_weight.dtype != x.dtype,
+        BLOCK_M=tile.rows,
+        BLOCK_C=tile.cols,
+        BLOCK_R=block_r,
+        BLOCKS_R=cdiv(R, block_r),
+        X_UNIT=unit(K, N, x.stride(0), stride_rm),
+        R_UNIT=unit(R),
+        WIDE=needs_int64(x, residual, down_weight, up_weight) or M * max(N, R) > 2**31,
+        PRECISION=precision(x.dtype),
+        device=x.device,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+@by_layout
+def _bwd_plan(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    norms: tuple[bool, bool],
+    activation: str,
+    skip: str,
+) -> Plan:
+    (M, N), (R, K) = dy.shape, down_weight.shape
+    tile = adapter_tile(x, down_weight, R, *norms)
+    block_r = rank_block(R, tile)
+    strides = (dy.stride(0), x.stride(0), 0 if residual is None else residual.stride(0))
+    return Plan(
+        adapter_bwd_kernel,
+        (cdiv(M, tile.rows),),
+        M,
+        N,
+        K,
+        R,
+        *strides,
+        ACTIVATION=activation,
+        SKIP=skip,
+        SPLIT=down_weight.dtype != x.dtype,
+        BLOCK_M=tile.rows,
+        BLOCK_C=tile.cols,
+        BLOCK_R=block_r,
+        BLOCKS_R=cdiv(R, block_r),
+        X_UNIT=unit(K, N, *strides),
+        R_UNIT=unit(R),
+        WIDE=needs_int64(dy, x, residual, down_weight, up_weight) or M * max(K, N, R) > 2**31,
+        PRECISION=precision(x.dtype),
+        device=x.device,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
 
 
 def adapter_fwd(
@@ -63,7 +143,7 @@ def adapter_fwd(
 
     Drops where a 16-bit word is below `threshold`; `scaling` may be a tensor on x's device.
     """
-    (M, K), (N, R) = x.shape, up_weight.shape
+    M, (N, R) = x.shape[0], up_weight.shape
     residual = None if residual is None else _rows(residual)
     x, down_weight, up_weight = _rows(x), down_weight.contiguous(), up_weight.contiguous()
     wide = _accumulator(x.dtype)
@@ -72,12 +152,9 @@ def adapter_fwd(
     stats_before, stats_after = (
         None if norm is None else torch.empty((2, M), dtype=wide, device=x.device) for norm in (norm_before, norm_after)
     )
-    tile = adapter_tile(x, down_weight, R, norm_before, norm_after)
-    block_r = rank_block(R, tile)
-    blocks_r = cdiv(R, block_r)
-    launch(
-        adapter_fwd_kernel,
-        (cdiv(M, tile.rows),),
+    norms = (norm_before is not None, norm_after is not None)
+    plan = _fwd_plan(x, residual, down_weight, up_weight, norms, activation, residual_after_norm)
+    plan(
         x,
         residual,
         down_weight,
@@ -86,32 +163,13 @@ def adapter_fwd(
         *dense(up_bias, *(norm_before or (None, None)), *(norm_after or (None, None))),
         y,
         z,
-        None if blocks_r == 1 else torch.empty_like(z),
+        torch.empty_like(z) if plan.constexprs["BLOCKS_R"] > 1 else None,
         stats_before,
         stats_after,
         *_scaling_arguments(scaling),
         eps,
         seed if threshold else None,
         threshold,
-        M,
-        N,
-        K,
-        R,
-        x.stride(0),
-        0 if residual is None else residual.stride(0),
-        ACTIVATION=activation,
-        RESIDUAL_AFTER_NORM=residual_after_norm,
-        SPLIT=down_weight.dtype != x.dtype,
-        BLOCK_M=tile.rows,
-        BLOCK_C=tile.cols,
-        BLOCK_R=block_r,
-        BLOCKS_R=blocks_r,
-        X_UNIT=unit(K, N, x.stride(0), *(() if residual is None else (residual.stride(0),))),
-        R_UNIT=unit(R),
-        WIDE=needs_int64(x, residual, down_weight, up_weight, y, z),
-        PRECISION=precision(x.dtype),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
     )
     return y, z, stats_before, stats_after
 
@@ -144,7 +202,8 @@ def adapter_bwd(
 ) -> dict[str, Any]:
     """The gradients that `needs` names; those of a norm are a (weight, bias) pair.
 
-    Where `residual` is x its gradient is part of x's; where it is dy itself, dy is returned.
+    Where `residual` is x its gradient is part of x's; where it is dy itself, dy is returned. A walk over the rows, two
+    skinny passes and one launch for all of their sums, and for LN_before's parameters one more.
     """
     (M, N), (R, K) = dy.shape, down_weight.shape
     skips = residual is x
@@ -159,10 +218,10 @@ def adapter_bwd(
 
     dense_dy, x, down_weight, up_weight = _rows(dy), _rows(x), down_weight.contiguous(), up_weight.contiguous()
     residual = _rows(residual) if residual is not None and through_norm else None
-    tile = adapter_tile(x, down_weight, R, norm_before, norm_after)
-    block_r = rank_block(R, tile)
-    blocks_r, rows = cdiv(R, block_r), cdiv(M, tile.rows)
-    split = down_weight.dtype != x.dtype
+    norms = (norm_before is not None, norm_after is not None)
+    skip = "none" if not skips else "dh" if through_norm else "dy"
+    walk = _bwd_plan(dense_dy, x, residual, down_weight, up_weight, norms, activation, skip)
+    blocks_r, rows = walk.constexprs["BLOCKS_R"], walk.grid[0]
 
     def empty(*shape: int, dtype: torch.dtype = wide) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
@@ -173,15 +232,14 @@ def adapter_bwd(
     dx = empty(M, K, dtype=x.dtype) if "x" in needs else None
     dh = after_dw = after_db = None
     if norm_after is not None and (need_g or need_dresidual or skips_norm):
+        split = down_weight.dtype != x.dtype
         dh = empty(M, N, dtype=wide if split or x.dtype is torch.float16 else x.dtype)  # fp16 thins out below 2^-14
     if "norm_after" in needs:
         after_dw, after_db = empty(rows, N), empty(rows, N)
     dbd = empty(rows, R) if need_dbd else None
     dscaling = empty(rows) if "scaling" in needs else None
     if any(out is not None for out in (act, dz, dh, after_dw, dscaling)):
-        launch(
-            adapter_bwd_kernel,
-            (rows,),
+        walk(
             dense_dy,
             x,
             residual,
@@ -202,29 +260,12 @@ def adapter_bwd(
             *_scaling_arguments(scaling),
             seed,
             threshold,
-            M,
-            N,
-            K,
-            R,
-            dense_dy.stride(0),
-            x.stride(0),
-            0 if residual is None else residual.stride(0),
-            ACTIVATION=activation,
-            SKIP="none" if not skips else "dh" if through_norm else "dy",
-            SPLIT=split,
-            BLOCK_M=tile.rows,
-            BLOCK_C=tile.cols,
-            BLOCK_R=block_r,
-            BLOCKS_R=blocks_r,
-            X_UNIT=unit(K, N, *(tensor.stride(0) for tensor in (dense_dy, x, residual) if tensor is not None)),
-            R_UNIT=unit(R),
-            WIDE=needs_int64(dense_dy, x, residual, down_weight, up_weight, z) or M * max(K, N) > 2**31,
-            PRECISION=precision(x.dtype),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
         )
+    dtype = down_weight.dtype
+    up = down = (None, dtype)
+    up_bias_grad = (None, dtype)
     if need_g:
-        grads["up_weight"], grads["up_bias"], _ = factor_grad(
+        up, up_bias_grad, _ = factor_grad(
             dense_dy if norm_after is None else dh,
             act,
             up_weight,
@@ -235,15 +276,23 @@ def adapter_bwd(
             split=dh is not None and dh.dtype is not x.dtype,
             needs=("up_weight" in needs, "up_bias" in needs, False),
         )
-    dtype = down_weight.dtype
-    if dbd is not None or after_dw is not None:
-        dbd, *after = _sums((dbd, dtype if norm_before is None else wide), (after_dw, dtype), (after_db, dtype))
-        grads["down_bias"] = None if dbd is None else dbd.to(dtype)
-        grads["norm_after"] = tuple(after)
-    if norm_before is not None and needs & {"down_weight", "norm_before"}:
-        grads.update(down_grad(x, dz, dbd, down_weight, norm_before, stats_before, needs))
-    elif "down_weight" in needs:
-        grads["down_weight"], _, _ = factor_grad(x, dz, down_weight.mT, transposed=True, needs=(True, False, False))
+    through_before = norm_before is not None and bool(needs & {"down_weight", "norm_before"})
+    if through_before or "down_weight" in needs:
+        down, _, _ = factor_grad(
+            x,
+            dz,
+            down_weight.mT,
+            transposed=True,
+            stats=stats_before if through_before else None,
+            needs=(True, False, False),
+        )
+    down_bias = (dbd, wide if through_before else dtype)
+    grads["up_weight"], grads["up_bias"], grads["down_weight"], dbd, *after = sums(
+        up, up_bias_grad, down, down_bias, (after_dw, dtype), (after_db, dtype)
+    )
+    grads["down_bias"], grads["norm_after"] = dbd if dbd is None else dbd.to(dtype), tuple(after)
+    if through_before:
+        grads.update(down_grad(grads["down_weight"], dbd, down_weight, norm_before, needs))
     if dscaling is not None:
         grads["scaling"] = dscaling.sum().to(scaling.dtype).view(scaling.shape)
     grads["x"], grads["residual"] = dx, dh.to(x.dtype) if need_dresidual else dy

@@ -7,10 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, launch, needs_int64
+from ._launch import Plan, by_layout, cdiv, needs_int64
 from ._tl import cast, load_tile, tile_ptrs
 from .bottleneck_rows import Norm, dense, load_row
-from .skinny import factor_grad
 
 
 @triton.jit
@@ -53,38 +52,27 @@ def _down_grad_kernel(
         tl.store(db_ptr + offs_k, cast(db, db_ptr.dtype.element_ty), mask=mask_k)
 
 
-def down_grad(
-    x: Tensor,
-    dz: Tensor,
-    dbd: Tensor,
-    down_weight: Tensor,
-    norm_before: Norm,
-    stats_before: Tensor,
-    needs: set[str],
-) -> dict[str, Any]:
-    """The gradients of Wd and of LN_before's parameters, from P = dzᵀ x̂."""
-    weight, bias = dense(*norm_before)
-    R, K = down_weight.shape
-    p, _, _ = factor_grad(x, dz, down_weight.mT, transposed=True, stats=stats_before, needs=(True, False, False))
-    dwd = torch.empty_like(down_weight) if "down_weight" in needs else None
-    dw, db = (torch.empty_like(weight) if "norm_before" in needs else None for _ in range(2))
-    launch(
+@by_layout
+def _down_grad_plan(p: Tensor) -> Plan:
+    R, K = p.shape
+    return Plan(
         _down_grad_kernel,
         (cdiv(K, 128),),
-        p,
-        dbd,
-        down_weight,
-        weight,
-        bias,
-        dwd,
-        dw,
-        db,
         R,
         K,
         BLOCK_R=16,
         BLOCK_K=128,
         WIDE=needs_int64(p),
+        device=p.device,
         num_warps=4,
         num_stages=1,
     )
+
+
+def down_grad(p: Tensor, dbd: Tensor, down_weight: Tensor, norm_before: Norm, needs: set[str]) -> dict[str, Any]:
+    """The gradients of Wd and of LN_before's parameters; p = dzᵀ x̂ (R, K), dbd (R,)."""
+    weight, bias = dense(*norm_before)
+    dwd = torch.empty_like(down_weight) if "down_weight" in needs else None
+    dw, db = (torch.empty_like(weight) if "norm_before" in needs else None for _ in range(2))
+    _down_grad_plan(p)(p, dbd, down_weight, weight, bias, dwd, dw, db)
     return {"down_weight": dwd, "norm_before": (dw, db)}

@@ -18,7 +18,7 @@ _ROWS_TO_FILL = 4096  # with blocks of 32 rows, all multiprocessors of a large c
 # As in `_launch` tiles that ptxas compiles without stack or spills, which tests/test_codegen.py holds them to. Those of
 # sm90 are timed on an H100: what counts is how many programs run side by side, as each waits for memory at every step.
 # The others are the largest, read off compiled code.
-def adapter_tile(x: Tensor, weight: Tensor, R: int, norm_before: Norm | None, norm_after: Norm | None) -> Tile:
+def adapter_tile(x: Tensor, weight: Tensor, R: int, norm_before: bool, norm_after: bool) -> Tile:
     """A block of rows, and the columns of K or N and the block of R that a step takes."""
     kind = chip(x.device)
     if kind == "interpreter":
@@ -27,7 +27,7 @@ def adapter_tile(x: Tensor, weight: Tensor, R: int, norm_before: Norm | None, no
         return Tile(32, 32, 0, 16, 8, 1)
     mixed = weight.dtype != x.dtype
     if kind == "sm90":
-        if norm_after is not None:
+        if norm_after:
             if R > 64:
                 return Tile(16, 32, 0, 64, 8, 2) if mixed else Tile(32, 32, 0, 64, 8, 2)
             return Tile(32, 64, 0, 64, 8, 2) if mixed else Tile(32, 64, 0, 64, 4, 3)
@@ -35,8 +35,8 @@ def adapter_tile(x: Tensor, weight: Tensor, R: int, norm_before: Norm | None, no
             return Tile(16, 256 if R <= 64 and not mixed else 64, 0, 64, 8, 3)
         if mixed:
             return Tile(32, 64, 0, 64, 4, 3) if R <= 64 else Tile(32, 64, 0, 64, 8, 2)
-        return Tile(32, 256 if R <= 64 and norm_before is None else 64, 0, 128, 4, 3)
-    if norm_after is None:
+        return Tile(32, 256 if R <= 64 and not norm_before else 64, 0, 128, 4, 3)
+    if not norm_after:
         # Triton 3.7 fails to compile backward's sums over rows beside tcgen05, which takes 64 rows: 32 take mma.sync.
         rows = 32 if kind == "sm100" else 64
         return Tile(rows, 64, 0, 32 if mixed else 128, 8, 2)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, launch, needs_int64
+from ._launch import Plan, cdiv, needs_int64
 from ._tl import keep_mask, tile_ptrs
 
 _BLOCK_M = 64
@@ -33,18 +33,17 @@ def dropout_mask(seed: Tensor, shape: tuple[int, ...], threshold: int) -> Tensor
     out = torch.empty(shape, dtype=torch.bool, device=seed.device)
     K = shape[-1]
     M = out.numel() // max(K, 1)
-    launch(
+    plan = Plan(
         _dropout_mask_kernel,
         (cdiv(M, _BLOCK_M), cdiv(K, _BLOCK_K)),
-        out,
-        seed,
-        threshold,
         M,
         K,
         BLOCK_M=_BLOCK_M,
         BLOCK_K=_BLOCK_K,
         WIDE=needs_int64(out),
+        device=out.device,
         num_warps=4,
         num_stages=1,
     )
+    plan(out, seed, threshold)
     return out

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .low_rank import matmul, update
-from .skinny import factor_grad, reads_dy_once, shrink
+from .skinny import factor_grad, reads_dy_once, shrink, sums
 
 
 def lora_fwd(
@@ -76,13 +76,14 @@ def lora_bwd(
 
     if need_db or need_dbias:
         with_ds = need_ds and reads_dy_once(dy, lora_b)
-        db, dbias, ds = factor_grad(dy, s, lora_b, scaling, needs=(need_db, need_dbias, with_ds))
+        db, dbias, ds = sums(*factor_grad(dy, s, lora_b, scaling, needs=(need_db, need_dbias, with_ds)))
     if need_ds and ds is None:
         ds = shrink(dy, lora_b, scaling)
     if need_da:
-        da, _, _ = factor_grad(
+        partials, _, _ = factor_grad(
             x, ds, lora_a.mT, threshold=threshold, seed=seed, transposed=True, needs=(True, False, False)
         )
+        (da,) = sums(partials)
     if need_dx and plan == "fused":
         dx = matmul(dy, weight, None, ds, lora_a, threshold, seed, tile_name=tile_name)
     elif need_dx:

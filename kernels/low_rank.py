@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Tile, cdiv, chip, launch, needs_int64, precision, rank_block, unit
+from ._launch import Plan, Tile, by_layout, cdiv, chip, needs_int64, precision, rank_block, unit
 from ._tl import accumulator, cast, dot, dot_rounded, keep_mask, keep_scale, load_tile, swizzle, tile_ptrs
 
 # What `matmul` takes by name beside its own tile, for ranks of one block: with smaller tiles a result of few rows has
@@ -238,6 +238,38 @@ def _update_kernel(
     tl.store(tile_ptrs(out_ptr, offs_m, offs_n, N, 1, X_UNIT, WIDE), cast(acc, OUT_DTYPE), mask=mask)
 
 
+@by_layout
+def _matmul_plan(x: Tensor, g: Tensor, factor: Tensor, tile_name: str) -> Plan:
+    (M, K), (R, N) = x.shape, factor.shape
+    tile = _matmul_tile(x, R, tile_name)
+    block_r = rank_block(R, tile)
+    return Plan(
+        _matmul_kernel,
+        (cdiv(M, tile.rows) * cdiv(N, tile.cols),),
+        M,
+        N,
+        K,
+        R,
+        *x.stride(),
+        *g.stride(),
+        *factor.stride(),
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.cols,
+        BLOCK_K=tile.inner,
+        BLOCK_R=block_r,
+        BLOCKS_R=cdiv(R, block_r),
+        GROUP_M=8,
+        X_UNIT=unit(x, g, K, N),
+        F_UNIT=unit(factor),
+        R_UNIT=unit(R),
+        WIDE=needs_int64(x, g, factor) or M * max(N, R) > 2**31,
+        PRECISION=precision(x.dtype),
+        device=x.device,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
 def matmul(
     x: Tensor,
     g: Tensor,
@@ -253,58 +285,19 @@ def matmul(
 
     The tile is the one that `tile_name`, one of `named_tiles`, stands for, and the launcher's own where it is empty.
     """
-    (M, K), (R, N) = x.shape, factor.shape
-    out = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    tile = _matmul_tile(x, R, tile_name)
-    block_r = rank_block(R, tile)
-    launch(
-        _matmul_kernel,
-        (cdiv(M, tile.rows) * cdiv(N, tile.cols),),
-        x,
-        g,
-        bias,
-        s,
-        factor,
-        out,
-        seed,
-        threshold,
-        M,
-        N,
-        K,
-        R,
-        *x.stride(),
-        *g.stride(),
-        *factor.stride(),
-        BLOCK_M=tile.rows,
-        BLOCK_N=tile.cols,
-        BLOCK_K=tile.inner,
-        BLOCK_R=block_r,
-        BLOCKS_R=cdiv(R, block_r),
-        GROUP_M=8,
-        X_UNIT=unit(x, g, out, K, N),
-        F_UNIT=unit(factor),
-        R_UNIT=unit(R),
-        WIDE=needs_int64(x, g, s, factor, out),
-        PRECISION=precision(x.dtype),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+    out = torch.empty((x.shape[0], factor.shape[1]), dtype=x.dtype, device=x.device)
+    _matmul_plan(x, g, factor, tile_name)(x, g, bias, s, factor, out, seed, threshold)
     return out
 
 
-def update(out: Tensor, s: Tensor, factor: Tensor, threshold: int = 0, seed: Tensor | None = None) -> Tensor:
-    """out + [mask / (1 - p)] ∘ (s F), in place; out (M, N) contiguous, s (M, R), F (R, N)."""
-    M, (R, N) = s.shape[0], factor.shape
+@by_layout
+def _update_plan(out: Tensor, factor: Tensor) -> Plan:
+    M, (R, N) = out.shape[0], factor.shape
     tile = _update_tile(out)
     block_r = rank_block(R, tile)
-    launch(
+    return Plan(
         _update_kernel,
         (cdiv(M, tile.rows) * cdiv(N, tile.cols),),
-        out,
-        s,
-        factor,
-        seed,
-        threshold,
         M,
         N,
         R,
@@ -316,9 +309,15 @@ def update(out: Tensor, s: Tensor, factor: Tensor, threshold: int = 0, seed: Ten
         X_UNIT=unit(out, N),
         F_UNIT=unit(factor),
         R_UNIT=unit(R),
-        WIDE=needs_int64(out, s, factor),
+        WIDE=needs_int64(out, factor) or M * R > 2**31,
         PRECISION=precision(out.dtype),
+        device=out.device,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
+
+
+def update(out: Tensor, s: Tensor, factor: Tensor, threshold: int = 0, seed: Tensor | None = None) -> Tensor:
+    """out + [mask / (1 - p)] ∘ (s F), in place; out (M, N) contiguous, s (M, R), F (R, N)."""
+    _update_plan(out, factor)(out, s, factor, seed, threshold)
     return out

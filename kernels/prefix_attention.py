@@ -32,11 +32,11 @@ import torch
 from torch import Tensor
 
 from . import vendor_attention
-from ._launch import Tile, cdiv, chip, launch, needs_int64, next_power_of_2, precision, unit
-from .prefix_backward import attention_dkv_kernel, attention_dq_kernel, sum_prefix_grads_kernel
+from ._launch import Plan, Tile, by_layout, cdiv, chip, needs_int64, next_power_of_2, precision, unit
+from .prefix_backward import attention_dkv_kernel, attention_dq_kernel
 from .prefix_forward import attention_fwd_kernel, attention_mask_kernel
 from .prefix_tile import OWN, PREFIX
-from .skinny import _accumulator, _chunks
+from .skinny import _accumulator, _chunks, sums
 
 
 def _features_first(x: Tensor) -> Tensor:
@@ -141,33 +141,35 @@ def _tile(kernel: str, query: Tensor, BLOCK_D: int, mask: bool, softcap: bool, g
     return Tile(rows, keys, 0, 0, warps, stages)
 
 
-class _Call:
-    """The arguments that the kernels of one call share."""
+class _Layout:
+    """What the plans of one call share. Made of tensors, of which only the layout counts."""
 
-    def __init__(self, query, key, value, prefix_key, prefix_value, attn_mask, gate, options):
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prefix_key: Tensor,
+        prefix_value: Tensor,
+        mask: Tensor | None,
+        gate: bool,
+        is_causal: bool,
+        window: int | None,
+        softcap: bool,
+    ) -> None:
         (self.Z, self.H, self.S, self.DH), (self.H_KV, self.P) = query.shape, prefix_key.shape[:2]
         self.T = key.shape[2]
         self.group = self.H // self.H_KV
-        self.inputs = [_features_first(x) for x in (query, key, value, prefix_key, prefix_value)]
-        if attn_mask is not None and attn_mask.dtype == torch.bool and query.dtype == torch.float64:
-            # For sm_90 Triton 3.7 takes the width of a product's operands from the narrowest load behind them: beside
-            # fp64 it does not compile.
-            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
-        self.mask = None if attn_mask is None else attn_mask.expand(self.Z, self.H, self.S, self.T)
+        self.inputs, self.mask = (query, key, value, prefix_key, prefix_value), mask
         self.block_d = max(16, next_power_of_2(self.DH))
-        scale, softcap, window = options["scale"], options["softcap"], options["sliding_window"]
-        self.factors = (1.0 if softcap is None else scale / softcap, scale if softcap is None else softcap)
         # A window as long as both sequences hides nothing; neither does a longer one, which 32 bits may not hold.
-        self.window = None if window is None else min(window, self.S + self.T)
-        self.sizes = (self.Z, self.S, self.T, self.P, self.H_KV, self.window)
-        self.mask_strides = (0, 0, 0, 0) if self.mask is None else self.mask.stride()
-        self.crowded = (self.mask is not None, softcap is not None, gate is not None)
-        # What the vendor's kernels take besides dy, y and lse, and whether nothing is asked for that they do not know.
-        self.own = (*self.inputs[:3], options["is_causal"], scale)
-        self.plain = attn_mask is None and window is None and softcap is None and gate is None
+        window = None if window is None else min(window, self.S + self.T)
+        self.sizes = (self.Z, self.S, self.T, self.P, self.H_KV, window)
+        self.mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
+        self.crowded = (mask is not None, softcap, gate)
         self.constants: dict[str, Any] = {
-            "CAUSAL": options["is_causal"],
-            "SOFTCAP": softcap is not None,
+            "CAUSAL": is_causal,
+            "SOFTCAP": softcap,
             "MASK_BY_ROW": self.mask_strides[1:3] != (0, 0),
             "DH": self.DH,
             "GROUP": self.group,
@@ -179,22 +181,120 @@ class _Call:
     def tile(self, kernel: str) -> Tile:
         return _tile(kernel, self.inputs[0], self.block_d, *self.crowded)
 
-    def blocks(self, tile: Tile) -> dict[str, int]:
-        return {
-            "BLOCK_M": _block(self.S * self.group, tile.rows, 16),
-            "BLOCK_N": tile.cols,
-            "BLOCK_P": _block(self.P, tile.cols, 32),
-        }
+    def row_block(self, tile: Tile) -> int:
+        return _block(self.S * self.group, tile.rows, 16)
 
-    def strides(self, *tensors: Tensor) -> list[int]:
-        """Of all dimensions but the last."""
-        return [stride for tensor in tensors for stride in tensor.stride()[:-1]]
+    def by_rows(self, kernel: Any, tile: Tile, *numbers: int, tensors: tuple[Tensor, ...]) -> Plan:
+        """A plan with a program for each block of queries, key head and sequence."""
+        rows = self.row_block(tile)
+        return Plan(
+            kernel,
+            (cdiv(self.S * self.group, rows) * self.H_KV * self.Z,),
+            *numbers,
+            **self.constants,
+            BLOCK_M=rows,
+            BLOCK_N=tile.cols,
+            BLOCK_P=_block(self.P, tile.cols, 32),
+            **self.addressing(*tensors),
+            device=self.inputs[0].device,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
 
     def addressing(self, *tensors: Tensor) -> dict[str, Any]:
         """Batch and key head are 64-bit numbers everywhere: what counts is the distance inside one sequence."""
         tensors = (*self.inputs, *tensors)
         sequences = [tensor[:1] for tensor in tensors] + ([] if self.mask is None else [self.mask[:1]])
-        return {"UNIT": unit(*self.strides(*tensors)), "WIDE": needs_int64(*sequences)}
+        return {"UNIT": unit(*_strides(*tensors)), "WIDE": needs_int64(*sequences)}
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    """Of all dimensions but the last."""
+    return [stride for tensor in tensors for stride in tensor.stride()[:-1]]
+
+
+@by_layout
+def _fwd_plan(*layout: Any) -> Plan:
+    """The last of `layout` is y, the others are what `_Layout` takes."""
+    *of_call, y = layout
+    call = _Layout(*of_call)
+    numbers = (*call.sizes, *_strides(*call.inputs), *call.mask_strides, *_strides(y))
+    return call.by_rows(attention_fwd_kernel, call.tile("fwd"), *numbers, tensors=(y,))
+
+
+@by_layout
+def _dq_plan(*layout: Any) -> Plan:
+    """The last three of `layout` are dy, y and dq, the others are what `_Layout` takes."""
+    *of_call, dy, y, dq = layout
+    call = _Layout(*of_call)
+    numbers = (*call.sizes, *_strides(dy, *call.inputs), *call.mask_strides, *_strides(y))
+    numbers += (0, 0, 0) if dq is None else tuple(_strides(dq))
+    tensors = (dy, y) if dq is None else (dy, y, dq)
+    return call.by_rows(attention_dq_kernel, call.tile("dq"), *numbers, tensors=tensors)
+
+
+@by_layout
+def _dkv_plan(*layout: Any) -> tuple[Plan, int]:
+    """A plan, and the number of parts of its results: for the prefix's as many as batch and queries are split into.
+
+    The last four of `layout` are the segment, dy, and dk and dv for the own keys; the others are what `_Layout` takes.
+    """
+    *of_call, segment, dy, dk, dv = layout
+    call = _Layout(*of_call)
+    query, key, value, prefix_key, prefix_value = call.inputs
+    tile = call.tile("dkv")
+    rows = call.row_block(tile)
+    if segment == OWN.value:
+        keys, steps, parts = call.T, 0, call.Z
+        out = dk if dv is None else dv
+        strides = _strides(key, value)
+        block_n = _block(keys, tile.cols, 32)
+    else:
+        keys = call.P
+        block_n = _block(keys, tile.cols, 32)
+        parts, steps = _chunks(call.Z * cdiv(call.S * call.group, rows), 1, call.H_KV * cdiv(keys, block_n))
+        out = torch.empty((parts, call.H_KV, keys, call.DH), device="meta")
+        strides = [0, *_strides(prefix_key), 0, *_strides(prefix_value)]
+    plan = Plan(
+        attention_dkv_kernel,
+        (cdiv(keys, block_n) * call.H_KV * parts,),
+        *call.sizes,
+        steps,
+        *_strides(dy, query),
+        *strides,
+        *call.mask_strides,
+        *_strides(out),
+        **call.constants,
+        SEGMENT=segment,
+        BLOCK_M=rows,
+        BLOCK_N=block_n,
+        **call.addressing(dy, out),
+        device=query.device,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return plan, parts
+
+
+class _Call:
+    """The arguments that the kernels of one call share."""
+
+    def __init__(self, query, key, value, prefix_key, prefix_value, attn_mask, gate, options):
+        (Z, H, S, _), T = query.shape, key.shape[2]
+        self.inputs = [_features_first(x) for x in (query, key, value, prefix_key, prefix_value)]
+        if attn_mask is not None and attn_mask.dtype == torch.bool and query.dtype == torch.float64:
+            # For sm_90 Triton 3.7 takes the width of a product's operands from the narrowest load behind them: beside
+            # fp64 it does not compile.
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
+        self.mask = None if attn_mask is None else attn_mask.expand(Z, H, S, T)
+        self.gate = None if gate is None else gate.contiguous()
+        causal, window, softcap = (options[name] for name in ("is_causal", "sliding_window", "softcap"))
+        self.scale = options["scale"]
+        self.factors = (1.0 if softcap is None else self.scale / softcap, self.scale if softcap is None else softcap)
+        self.layout = (*self.inputs, self.mask, gate is not None, causal, window, softcap is not None)
+        # What the vendor's kernels take besides dy, y and lse, and whether nothing is asked for that they do not know.
+        self.own = (*self.inputs[:3], causal, self.scale)
+        self.plain = attn_mask is None and window is None and softcap is None and gate is None
 
     def served_by_vendor(self, threshold: int) -> bool:
         """Whether the vendor's kernels compute the own keys' part."""
@@ -224,7 +324,7 @@ def attention_fwd(
     """
     options = {"is_causal": is_causal, "sliding_window": sliding_window, "softcap": softcap, "scale": scale}
     call = _Call(query, key, value, prefix_key, prefix_value, attn_mask, gate, options)
-    shape = (1 if gate is None else 3, call.Z, call.H, call.S)
+    shape = (1 if gate is None else 3, *query.shape[:3])
     own: tuple[Tensor, Tensor] | tuple[None, None]
     if call.served_by_vendor(threshold):
         y, lse = vendor_attention.fwd(*call.own)
@@ -232,30 +332,8 @@ def attention_fwd(
     else:
         y, lse = _empty_heads(query), torch.empty(shape, dtype=_accumulator(query.dtype), device=query.device)
         own = None, None
-    tile = call.tile("fwd")
-    blocks = call.blocks(tile)
-    launch(
-        attention_fwd_kernel,
-        (cdiv(call.S * call.group, blocks["BLOCK_M"]) * call.H_KV * call.Z,),
-        *call.inputs,
-        call.mask,
-        None if gate is None else gate.contiguous(),
-        *own,
-        y,
-        lse,
-        *call.factors,
-        seed if threshold else None,
-        threshold,
-        *call.sizes,
-        *call.strides(*call.inputs),
-        *call.mask_strides,
-        *call.strides(y),
-        **call.constants,
-        **blocks,
-        **call.addressing(y),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+    plan = _fwd_plan(*call.layout, y)
+    plan(*call.inputs, call.mask, call.gate, *own, y, lse, *call.factors, seed if threshold else None, threshold)
     return y, lse
 
 
@@ -282,8 +360,7 @@ def attention_bwd(
     """The gradients that `needs` names, each in its input's dtype."""
     options = {"is_causal": is_causal, "sliding_window": sliding_window, "softcap": softcap, "scale": scale}
     call = _Call(query, key, value, prefix_key, prefix_value, attn_mask, gate, options)
-    seed = seed if threshold else None
-    gate = None if gate is None else gate.contiguous()
+    drop = (seed if threshold else None, threshold)
     dy, y = _features_first(dy), _features_first(y)
     grads: dict[str, Tensor] = {}
     delta = torch.empty_like(lse if gate is None else lse[:2])
@@ -294,35 +371,9 @@ def attention_bwd(
     own_dq, left = grads.get("query"), needs - grads.keys()
     if left - {"value", "prefix_value"} or own_dq is not None:
         dq = _empty_heads(query) if "query" in left else own_dq
-        tile = call.tile("dq")
-        blocks = call.blocks(tile)
-        launch(
-            attention_dq_kernel,
-            (cdiv(call.S * call.group, blocks["BLOCK_M"]) * call.H_KV * call.Z,),
-            dy,
-            *call.inputs,
-            call.mask,
-            gate,
-            y,
-            lse,
-            delta,
-            own_dq,
-            dq,
-            *call.factors,
-            scale,
-            seed,
-            threshold,
-            *call.sizes,
-            *call.strides(dy, *call.inputs),
-            *call.mask_strides,
-            *call.strides(y),
-            *((0, 0, 0) if dq is None else call.strides(dq)),
-            **call.constants,
-            **blocks,
-            **call.addressing(dy, y, *(() if dq is None else (dq,))),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+        plan = _dq_plan(*call.layout, dy, y, dq)
+        outs = (delta, own_dq, dq)
+        plan(dy, *call.inputs, call.mask, call.gate, y, lse, *outs, *call.factors, scale, *drop)
         grads["query"] = dq
         if "gate" in needs:
             # In fp64, for of long sums the eager ones are the more exact: they add the terms of each row first.
@@ -330,89 +381,35 @@ def attention_bwd(
             grads["gate"] = (total * (65536 / (65536 - threshold))).to(gate.dtype)
     if left & {"key", "value"}:
         dk, dv = (_empty_heads(like) if name in needs else None for name, like in (("key", key), ("value", value)))
-        _launch_dkv(call, OWN, dy, gate, lse, delta[0], dk, dv, scale, seed, threshold, 0, call.Z)
+        plan, _ = _dkv_plan(*call.layout, OWN.value, dy, dk, dv)
+        of_rows = (lse[0], None) if gate is None else lse[:2]
+        keys = call.inputs[1:3]
+        rest = (*call.factors, scale, *drop)
+        plan(dy, call.inputs[0], *keys, call.mask, call.gate, *of_rows, delta[0], dk, dv, *rest)
         grads["key"], grads["value"] = dk, dv
-    if needs & {"prefix_key", "prefix_value"}:
-        grads.update(_prefix_grads(call, dy, prefix_key, gate, lse, delta[-1], scale, seed, threshold, needs))
+    names = [name for name in ("prefix_key", "prefix_value") if name in needs]
+    if names:
+        grads.update(_prefix_grads(call, dy, prefix_key, lse[-1], delta[-1], drop, names))
     return {name: grads[name] for name in needs}
 
 
-def _prefix_grads(call, dy, prefix_key, gate, lse, delta, scale, seed, threshold, needs) -> dict[str, Tensor]:
-    tile = call.tile("dkv")
-    block_n = _block(call.P, tile.cols, 32)
-    rows = cdiv(call.S * call.group, _block(call.S * call.group, tile.rows, 16))
-    splits, steps = _chunks(call.Z * rows, 1, call.H_KV * cdiv(call.P, block_n))
-    names = [name for name in ("prefix_key", "prefix_value") if name in needs]
-    shape = (len(names), splits, call.H_KV, call.P, call.DH)
-    partials = torch.empty(shape, dtype=lse.dtype, device=dy.device)
+def _prefix_grads(
+    call: _Call,
+    dy: Tensor,
+    prefix_key: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    drop: tuple[Tensor | None, int],
+    names: list[str],
+) -> dict[str, Tensor]:
+    plan, splits = _dkv_plan(*call.layout, PREFIX.value, dy, None, None)
+    partials = torch.empty((len(names), splits, *prefix_key.shape), dtype=lse.dtype, device=dy.device)
     parts = dict(zip(names, partials, strict=True))
-    outs = {name: torch.empty(prefix_key.shape, dtype=prefix_key.dtype, device=dy.device) for name in names}
     key, value = parts.get("prefix_key"), parts.get("prefix_value")
-    _launch_dkv(call, PREFIX, dy, gate, lse, delta, key, value, scale, seed, threshold, steps, splits)
-    size = prefix_key.numel()
-    launch(
-        sum_prefix_grads_kernel,
-        (cdiv(size, 256),),
-        key,
-        value,
-        outs.get("prefix_key"),
-        outs.get("prefix_value"),
-        splits,
-        size,
-        size,
-        BLOCK=256,
-        num_warps=4,
-        num_stages=1,
-    )
-    return outs
-
-
-def _launch_dkv(call, segment, dy, gate, lse, delta, dk, dv, scale, seed, threshold, steps, parts) -> None:
-    """dk and dv of the own keys or the parts of the prefix's, laid out (parts, H_KV, keys, DH) alike."""
-    query, key, value, prefix_key, prefix_value = call.inputs
-    out = dk if dv is None else dv
-    if segment == OWN:
-        keys, values, mask = key, value, call.mask
-        lse, log_total = (lse[0], None) if gate is None else lse[:2]
-        strides = call.strides(key, value)
-    else:
-        keys, values, mask = prefix_key, prefix_value, None
-        lse, log_total = lse[-1], None
-        strides = [0, *call.strides(prefix_key), 0, *call.strides(prefix_value)]
-    tile = call.tile("dkv")
-    block_n = _block(keys.shape[-2], tile.cols, 32)
-    launch(
-        attention_dkv_kernel,
-        (cdiv(keys.shape[-2], block_n) * call.H_KV * parts,),
-        dy,
-        query,
-        keys,
-        values,
-        mask,
-        gate,
-        lse,
-        log_total,
-        delta,
-        dk,
-        dv,
-        *call.factors,
-        scale,
-        seed,
-        threshold,
-        *call.sizes,
-        steps,
-        *call.strides(dy, query),
-        *strides,
-        *call.mask_strides,
-        *call.strides(out),
-        **call.constants,
-        SEGMENT=segment.value,
-        BLOCK_M=_block(call.S * call.group, tile.rows, 16),
-        BLOCK_N=block_n,
-        **call.addressing(dy, out),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+    query, _, _, *keys = call.inputs
+    rest = (*call.factors, call.scale, *drop)
+    plan(dy, query, *keys, None, call.gate, lse, None, delta, key, value, *rest)
+    return dict(zip(names, sums(*((part, prefix_key.dtype) for part in parts.values())), strict=True))
 
 
 def attention_dropout_mask(seed: Tensor, shape: tuple[int, int, int, int, int], threshold: int) -> Tensor:
@@ -420,12 +417,9 @@ def attention_dropout_mask(seed: Tensor, shape: tuple[int, int, int, int, int], 
     Z, H, S, P, T = shape
     out = torch.empty((Z, H, S, P + T), dtype=torch.bool, device=seed.device)
     for segment, cols, part in ((PREFIX, P, out), (OWN, T, out[..., P:])):
-        launch(
+        plan = Plan(
             attention_mask_kernel,
             (cdiv(Z * H * S, 64), cdiv(cols, 128)),
-            part,
-            seed,
-            threshold,
             Z * H * S,
             cols,
             P + T,
@@ -433,7 +427,9 @@ def attention_dropout_mask(seed: Tensor, shape: tuple[int, int, int, int, int], 
             BLOCK_M=64,
             BLOCK_N=128,
             WIDE=needs_int64(out),
+            device=out.device,
             num_warps=4,
             num_stages=1,
         )
+        plan(part, seed, threshold)
     return out

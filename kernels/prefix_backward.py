@@ -373,20 +373,3 @@ def attention_dkv_kernel(
         store_features(dk_ptr + out, out_offs, inside, dk * factor, DH, BLOCK_D)
     if dv_ptr is not None:
         store_features(dv_ptr + out, out_offs, inside, dv * keep, DH, BLOCK_D)
-
-
-@triton.jit
-def sum_prefix_grads_kernel(dk_parts_ptr, dv_parts_ptr, dk_ptr, dv_ptr, count, size, stride, BLOCK: tl.constexpr):
-    """dk and dv (size,) of the prefix, each the sum of its `count` parts in order; the parts lie `stride` apart."""
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < size
-    if dk_ptr is not None:
-        acc = tl.zeros((BLOCK,), dk_parts_ptr.dtype.element_ty)
-        for part in range(count):
-            acc += tl.load(dk_parts_ptr + tl.cast(part, tl.int64) * stride + index, mask=inside, other=0.0)
-        tl.store(dk_ptr + index, cast(acc, dk_ptr.dtype.element_ty), mask=inside)
-    if dv_ptr is not None:
-        acc = tl.zeros((BLOCK,), dv_parts_ptr.dtype.element_ty)
-        for part in range(count):
-            acc += tl.load(dv_parts_ptr + tl.cast(part, tl.int64) * stride + index, mask=inside, other=0.0)
-        tl.store(dv_ptr + index, cast(acc, dv_ptr.dtype.element_ty), mask=inside)

@@ -10,13 +10,14 @@ sums, which a second pass adds in a fixed order.
 """
 
 import itertools
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Tile, cdiv, chip, launch, needs_int64, precision, rank_block, unit
+from ._launch import Plan, Tile, by_layout, cdiv, chip, needs_int64, precision, rank_block, unit
 from ._tl import (
     accumulator,
     cast,
@@ -260,9 +261,9 @@ def _factor_grad_kernel(
 
 @triton.jit
 def _sum_in_order(
+    block,
     partials_ptr,
     out_ptr,
-    block,
     count,
     size,
     BLOCK: tl.constexpr,
@@ -270,48 +271,64 @@ def _sum_in_order(
     UNIT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """COUNT partials at a time, so that their loads do not wait for each other."""
+    """out = Σ partials for this block of out, if it is one; what `block` is among the blocks of what follows.
+
+    COUNT partials at a time, so that their loads do not wait for each other.
+    """
     if partials_ptr is not None:
-        size = size // UNIT * UNIT
-        index = block.to(tl.int64 if WIDE else tl.int32) * BLOCK + tl.arange(0, BLOCK)
-        mask = index < size
-        acc = tl.zeros((BLOCK,), partials_ptr.dtype.element_ty)
-        for first in range(0, count, COUNT):
-            i = first + tl.arange(0, COUNT)
-            ptrs = partials_ptr + (offsets(i, size, UNIT, True)[:, None] + index[None, :])
-            acc += tl.sum(tl.load(ptrs, mask=(i < count)[:, None] & mask[None, :], other=0.0), 0)
-        tl.store(out_ptr + index, cast(acc, out_ptr.dtype.element_ty), mask=mask)
+        blocks = tl.cdiv(size, BLOCK)
+        if block >= 0 and block < blocks:
+            size = size // UNIT * UNIT
+            index = block.to(tl.int64 if WIDE else tl.int32) * BLOCK + tl.arange(0, BLOCK)
+            mask = index < size
+            acc = tl.zeros((BLOCK,), partials_ptr.dtype.element_ty)
+            for first in range(0, count, COUNT):
+                i = first + tl.arange(0, COUNT)
+                ptrs = partials_ptr + (offsets(i, size, UNIT, True)[:, None] + index[None, :])
+                acc += tl.sum(tl.load(ptrs, mask=(i < count)[:, None] & mask[None, :], other=0.0), 0)
+            tl.store(out_ptr + index, cast(acc, out_ptr.dtype.element_ty), mask=mask)
+        block -= blocks
+    return block
 
 
 @triton.jit
 def _sum_partials_kernel(
-    first_ptr,
-    first_out_ptr,
-    first_count,
-    first_size,
-    second_ptr,
-    second_out_ptr,
-    second_count,
-    second_size,
-    third_ptr,
-    third_out_ptr,
-    third_count,
-    third_size,
+    partials_0,
+    out_0,
+    partials_1,
+    out_1,
+    partials_2,
+    out_2,
+    partials_3,
+    out_3,
+    partials_4,
+    out_4,
+    partials_5,
+    out_5,
+    count_0,
+    size_0,
+    count_1,
+    size_1,
+    count_2,
+    size_2,
+    count_3,
+    size_3,
+    count_4,
+    size_4,
+    count_5,
+    size_5,
     BLOCK: tl.constexpr,
     COUNT: tl.constexpr,
     UNIT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """out = Σ partials over their first dimension for up to three of them; partials (count, size)."""
-    first = tl.program_id(0)
-    second = first - tl.cdiv(first_size, BLOCK)
-    third = second - tl.cdiv(second_size, BLOCK)
-    if second < 0:
-        _sum_in_order(first_ptr, first_out_ptr, first, first_count, first_size, BLOCK, COUNT, UNIT, WIDE)
-    elif third < 0:
-        _sum_in_order(second_ptr, second_out_ptr, second, second_count, second_size, BLOCK, COUNT, UNIT, WIDE)
-    else:
-        _sum_in_order(third_ptr, third_out_ptr, third, third_count, third_size, BLOCK, COUNT, UNIT, WIDE)
+    """out = Σ partials over their first dimension for up to six of them; partials (count, size)."""
+    block = _sum_in_order(tl.program_id(0), partials_0, out_0, count_0, size_0, BLOCK, COUNT, UNIT, WIDE)
+    block = _sum_in_order(block, partials_1, out_1, count_1, size_1, BLOCK, COUNT, UNIT, WIDE)
+    block = _sum_in_order(block, partials_2, out_2, count_2, size_2, BLOCK, COUNT, UNIT, WIDE)
+    block = _sum_in_order(block, partials_3, out_3, count_3, size_3, BLOCK, COUNT, UNIT, WIDE)
+    block = _sum_in_order(block, partials_4, out_4, count_4, size_4, BLOCK, COUNT, UNIT, WIDE)
+    _sum_in_order(block, partials_5, out_5, count_5, size_5, BLOCK, COUNT, UNIT, WIDE)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -328,57 +345,57 @@ def _chunks(length: int, block: int, programs: int) -> tuple[int, int]:
     return max(1, cdiv(length, max(1, size))), max(1, size)
 
 
-def _sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum over the first dimension of `partials`."""
-    (out,) = _sums((partials, dtype))
-    return out
+# Partial sums, and the type of their sum over the first dimension.
+Partials = tuple[Tensor | None, torch.dtype]
+_MOST_SUMS = 6
 
 
-def _sums(*parts: tuple[Tensor | None, torch.dtype]) -> list[Tensor | None]:
-    """The sum over the first dimension of each of up to three partials, in its dtype, by one launch; None of None."""
-    outs = [
-        None if partials is None else torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
-        for partials, dtype in parts
-    ]
-    arguments = [
-        (partials, out, partials.shape[0], out.numel())
-        for (partials, _), out in zip(parts, outs, strict=True)
-        if partials is not None and out.numel()
-    ]
-    arguments += [(None, None, 0, 0)] * (3 - len(arguments))
-    launch(
-        _sum_partials_kernel,
-        (sum(cdiv(size, 256) for *_, size in arguments),),
-        *itertools.chain(*arguments),
-        BLOCK=256,
-        COUNT=16,
-        UNIT=unit(*(size for *_, size in arguments)),
-        WIDE=needs_int64(*outs),
-        num_warps=4,
-        num_stages=1,
-    )
+def sums(*parts: Partials) -> list[Tensor | None]:
+    """The sum of each, by one launch for up to six of them; None of None."""
+    outs: list[Tensor | None] = []
+    tensors: list[Tensor | None] = []
+    for partials, dtype in parts:
+        out = None
+        if partials is not None:
+            out = torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
+            if out.numel():
+                tensors += (partials, out)
+        outs.append(out)
+    if tensors:
+        tensors += [None] * (2 * _MOST_SUMS - len(tensors))
+        _sum_plan(*tensors)(*tensors)
     return outs
 
 
-def shrink(
-    x: Tensor, factor: Tensor, scaling: float | Tensor, threshold: int = 0, seed: Tensor | None = None
-) -> Tensor:
-    """scaling · drop(x) F; x (M, K), F (K, R)."""
+@by_layout
+def _sum_plan(*tensors: Tensor | None) -> Plan:
+    pairs = list(zip(tensors[::2], tensors[1::2], strict=True))
+    sizes = [0 if out is None else out.numel() for _, out in pairs]
+    counts = [0 if partials is None else partials.shape[0] for partials, _ in pairs]
+    return Plan(
+        _sum_partials_kernel,
+        (sum(cdiv(size, 256) for size in sizes),),
+        *itertools.chain(*zip(counts, sizes, strict=True)),
+        BLOCK=256,
+        COUNT=16,
+        UNIT=unit(*sizes),
+        WIDE=needs_int64(*tensors[1::2]),
+        device=tensors[0].device,
+        num_warps=4,
+        num_stages=1,
+    )
+
+
+@by_layout
+def _shrink_plan(x: Tensor, factor: Tensor) -> tuple[Plan, int]:
     (M, K), R = x.shape, factor.shape[1]
     tile = _skinny_tile(x, factor)
     block_r = rank_block(R, tile)
     programs = cdiv(M, tile.rows) * cdiv(R, block_r)
     splits, K_split = _chunks(K, tile.cols, programs)
-    s = torch.empty((splits * M, R), dtype=_accumulator(x.dtype), device=x.device)
-    launch(
+    plan = Plan(
         _shrink_kernel,
         (programs, splits),
-        x,
-        factor,
-        s,
-        *_scaling_arguments(scaling),
-        seed,
-        threshold,
         M,
         K,
         R,
@@ -391,64 +408,43 @@ def shrink(
         X_UNIT=unit(x, K),
         F_UNIT=unit(factor),
         R_UNIT=unit(R),
-        WIDE=needs_int64(x, factor, s[:M]),
+        WIDE=needs_int64(x, factor) or M * R > 2**31,
         PRECISION=precision(x.dtype),
+        device=x.device,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    return s if splits == 1 else _sum_partials(s.view(splits, M, R), s.dtype)
+    return plan, splits
 
 
-def factor_grad(
-    x: Tensor,
-    s: Tensor | None,
-    factor: Tensor,
-    scaling: float | Tensor = 1.0,
-    threshold: int = 0,
-    seed: Tensor | None = None,
-    *,
-    scaled: bool = False,
-    split: bool = False,
-    transposed: bool = False,
-    stats: Tensor | None = None,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """df = drop(x)ᵀ s, dbias = Σ_M drop(x) and ds = scaling · x F, those which `needs` asks for.
+def shrink(
+    x: Tensor, factor: Tensor, scaling: float | Tensor, threshold: int = 0, seed: Tensor | None = None
+) -> Tensor:
+    """scaling · drop(x) F; x (M, K), F (K, R)."""
+    M, R = x.shape[0], factor.shape[1]
+    plan, splits = _shrink_plan(x, factor)
+    shape = (M, R) if splits == 1 else (splits, M, R)
+    s: Any = torch.empty(shape, dtype=_accumulator(x.dtype), device=x.device)
+    plan(x, factor, s, *_scaling_arguments(scaling), seed, threshold)
+    if splits > 1:
+        (s,) = sums((s, s.dtype))
+    return s
 
-    x (M, K), s (M, R), F (K, R); df (K, R), or (R, K) where `transposed`. Where `scaled`, df and dbias are times
-    scaling too, and both of F's type; otherwise dbias is of x's. Where `split`, products of fp32 operands run on 16-bit
-    tensor cores. With stats (2, M), the rows' means and reciprocal deviations, x stands for (x - mean) · rstd, and df
-    is not rounded to F's type.
-    """
-    need_df, need_dbias, need_ds = needs
+
+@by_layout
+def _factor_grad_plan(
+    x: Tensor, factor: Tensor, needs: tuple[bool, bool, bool], scaled: bool, split: bool, transposed: bool, stats: bool
+) -> tuple[Plan, int, int]:
+    need_df, _, need_ds = needs
     (M, K), R = x.shape, factor.shape[1]
-    tile = _skinny_tile(x, factor, grad=True, with_ds=need_ds, with_stats=stats is not None, split=split)
+    tile = _skinny_tile(x, factor, grad=True, with_ds=need_ds, with_stats=stats, split=split)
     block_r = rank_block(R, tile)
     blocks_k = cdiv(K, tile.cols)
     programs = blocks_k * cdiv(R, block_r)
     splits, M_split = _chunks(M, tile.rows, programs)
-
-    partials_dtype = _accumulator(x.dtype)
-
-    def partials(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=partials_dtype, device=x.device)
-
-    df = (partials(splits, R, K) if transposed else partials(splits, K, R)) if need_df else None
-    dbias = partials(splits, K) if need_dbias else None
-    ds = partials(blocks_k, M, R) if need_ds else None
-    launch(
+    plan = Plan(
         _factor_grad_kernel,
         (programs, splits),
-        x,
-        s if need_df else None,
-        factor if need_ds else None,
-        df,
-        dbias,
-        ds,
-        stats,
-        *_scaling_arguments(scaling),
-        seed,
-        threshold,
         M,
         K,
         R,
@@ -464,11 +460,61 @@ def factor_grad(
         X_UNIT=unit(x, K),
         F_UNIT=unit(factor),
         R_UNIT=unit(R),
-        WIDE=needs_int64(x, factor, s),
+        WIDE=needs_int64(x, factor) or (need_df and M * R > 2**31),
         PRECISION=precision(x.dtype),
+        device=x.device,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    df_dtype = factor.dtype if stats is None else partials_dtype
-    df, dbias, ds = _sums((df, df_dtype), (dbias, factor.dtype if scaled else x.dtype), (ds, partials_dtype))
-    return df, dbias, ds
+    return plan, splits, blocks_k
+
+
+def factor_grad(
+    x: Tensor,
+    s: Tensor | None,
+    factor: Tensor,
+    scaling: float | Tensor = 1.0,
+    threshold: int = 0,
+    seed: Tensor | None = None,
+    *,
+    scaled: bool = False,
+    split: bool = False,
+    transposed: bool = False,
+    stats: Tensor | None = None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Partials, Partials, Partials]:
+    """df = drop(x)ᵀ s, dbias = Σ_M drop(x) and ds = scaling · x F, those which `needs` asks for, for `sums` to add.
+
+    x (M, K), s (M, R), F (K, R); df (K, R), or (R, K) where `transposed`. Where `scaled`, df and dbias are times
+    scaling too, and both of F's type; otherwise dbias is of x's. Where `split`, products of fp32 operands run on 16-bit
+    tensor cores. With stats (2, M), the rows' means and reciprocal deviations, x stands for (x - mean) · rstd, and df
+    is not rounded to F's type.
+    """
+    need_df, need_dbias, need_ds = needs
+    (M, K), R = x.shape, factor.shape[1]
+    plan, splits, blocks_k = _factor_grad_plan(x, factor, needs, scaled, split, transposed, stats is not None)
+    wide = _accumulator(x.dtype)
+
+    def partials(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=wide, device=x.device)
+
+    df = (partials(splits, R, K) if transposed else partials(splits, K, R)) if need_df else None
+    dbias = partials(splits, K) if need_dbias else None
+    ds = partials(blocks_k, M, R) if need_ds else None
+    plan(
+        x,
+        s if need_df else None,
+        factor if need_ds else None,
+        df,
+        dbias,
+        ds,
+        stats,
+        *_scaling_arguments(scaling),
+        seed,
+        threshold,
+    )
+    return (
+        (df, factor.dtype if stats is None else wide),
+        (dbias, factor.dtype if scaled else x.dtype),
+        (ds, wide),
+    )

@@ -21,7 +21,7 @@ from benchmarks.codegen import faults
 KERNELS = {
     "lora_linear": {"shrink", "factor_grad", "sum_partials", "matmul", "update"},
     "bottleneck_adapter": {"adapter_fwd", "adapter_bwd", "factor_grad", "sum_partials"},
-    "prefix_attention": {"attention_fwd", "attention_dq", "attention_dkv", "sum_prefix_grads"},
+    "prefix_attention": {"attention_fwd", "attention_dq", "attention_dkv", "sum_partials"},
 }
 
 

@@ -13,7 +13,7 @@ from kernel_cases import DTYPES, SEED
 from triton.backends.compiler import GPUTarget
 
 from peft_fast import reference
-from peft_fast.kernels import low_rank, skinny
+from peft_fast.kernels import _launch, low_rank, skinny
 from peft_fast.kernels._launch import needs_int64, recording, unit
 from peft_fast.kernels.dropout import dropout_mask
 from peft_fast.kernels.lora_linear import lora_bwd, lora_fwd
@@ -108,6 +108,7 @@ def test_shapes(M, K, N, plan, device):
 # The tiles of large activations, 16 ranks at most, with tails in rows and columns.
 @pytest.mark.parametrize("dtypes", ["bf16", "bf16-fp32", "fp16-fp32"])
 def test_large_tiles(dtypes, device, monkeypatch):
+    monkeypatch.setattr(_launch, "_plans", {})
     monkeypatch.setattr(skinny, "_LARGE", 0)
     assert_matches(inputs_with_zeros(300, 264, 520, 12, device=device, dtypes=dtypes), plan="split", p=0.1)
 
@@ -316,6 +317,7 @@ def test_launches_use_64_bit_offsets(M, wide, plan):
 def test_64_bit_offsets_give_the_same_bits(plan, device, monkeypatch):
     inputs = inputs_with_zeros(72, 136, 80, 8, device=device, dtypes="bf16")
     narrow = run(inputs, plan=plan, p=0.1)
+    monkeypatch.setattr(_launch, "_plans", {})
     for module in (low_rank, skinny):
         monkeypatch.setattr(module, "needs_int64", lambda *tensors: True)
     wide = run(inputs, plan=plan, p=0.1)

@@ -1,17 +1,22 @@
-"""Launching a kernel again what Triton compiled: by a look-up of our own, which must not be coarser than Triton's."""
+"""Launching a kernel again what Triton compiled: by look-ups of our own, which must not be coarser than Triton's."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from triton.backends.compiler import GPUTarget
+
 from peft_fast.kernels import _launch
+from peft_fast.kernels._launch import Plan, by_layout, recording
+
+CPU = torch.device("cpu")
 
 
 class Kernel:
-    """What `launch` knows of a compiled kernel: its signature, what it compiles, and the launches of that."""
+    """What a plan knows of a compiled kernel: its signature, what it compiles, and the launches of that."""
 
-    arg_names = ("x_ptr", "out_ptr", "scale", "size", "BLOCK", "WIDE")
+    arg_names = ("x_ptr", "out_ptr", "scale", "count", "size", "stride", "BLOCK", "WIDE")
 
     def __init__(self):
         self.compiled, self.launches = [], []
@@ -33,14 +38,12 @@ class _Compiled:
 
 
 @pytest.fixture
-def run(monkeypatch):
-    monkeypatch.setattr(_launch, "_compiled", {})
+def run():
     kernel = Kernel()
+    plan = Plan(kernel, (4, 2), 32, None, WIDE=False, BLOCK=16, device=CPU, num_warps=4, num_stages=2)
 
-    def run(x, out, scale=0.5, size=32, *, grid=(4,), index=0, warps=4, **constexprs):
-        constexprs = {"WIDE": False, "BLOCK": 16} | constexprs
-        options = {"num_warps": warps, "num_stages": 2}
-        _launch._run(kernel, grid, (x, out, scale, size), constexprs, options, index)
+    def run(x, out, scale=0.5, count=32):
+        plan._run((x, out, scale, count))
 
     run.kernel = kernel
     return run
@@ -49,26 +52,23 @@ def run(monkeypatch):
 def test_the_same_code_runs_again(run):
     x, out, other = torch.zeros(32), torch.zeros(32), torch.ones(64)
     run(x, out)
-    run(other, out, 0.25, 48, grid=(2, 3))  # other values, other memory
+    run(other, out, 0.25, 48)  # other values, other memory
     ((grid, args, keywords),) = run.kernel.compiled
-    assert (grid, args) == ((4,), (x, out, 0.5, 32))
+    assert (grid, args) == ((4, 2), (x, out, 0.5, 32, 32, None))
     assert keywords == {"WIDE": False, "BLOCK": 16, "num_warps": 4, "num_stages": 2}
     # Constants in the order of the signature, a grid of three numbers.
-    assert run.kernel.launches == [(0, (2, 3, 1), (other, out, 0.25, 48, 16, False))]
+    assert run.kernel.launches == [(0, (4, 2, 1), (other, out, 0.25, 48, 32, None, 16, False))]
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"size": 33},
-        {"size": 2**31},
+        {"count": 33},
+        {"count": 2**31},
         {"x": torch.zeros(32, dtype=torch.float16)},
         {"x": torch.zeros(36)[1:]},  # no multiple of 16 bytes
         {"out": None},
-        {"BLOCK": 32},
-        {"WIDE": True},
-        {"warps": 8},
-        {"index": 1},
+        {"out": torch.nn.Parameter(torch.zeros(36))[1:]},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -83,16 +83,72 @@ def test_other_code_for_another_call(run, change):
 
 def test_1_is_no_other_number(run):
     x, out = torch.zeros(32), torch.zeros(32)
-    for size in (33, 1, 35):
-        run(x, out, size=size)
+    for count in (33, 1, 35):
+        run(x, out, count=count)
     assert len(run.kernel.compiled) == 2
     assert [number for number, *_ in run.kernel.launches] == [0]
 
 
-def test_another_kernel(run, monkeypatch):
-    x, out = torch.zeros(32), torch.zeros(32)
-    run(x, out)
-    other = Kernel()
-    _launch._run(other, (4,), (x, out, 0.5, 32), {"BLOCK": 16, "WIDE": False}, {"num_warps": 4, "num_stages": 2}, 0)
-    assert len(other.compiled) == 1
-    assert other.launches == run.kernel.launches == []
+def test_an_empty_grid_is_no_launch():
+    kernel = Kernel()
+    plan = Plan(kernel, (3, 0), 32, WIDE=False, device=CPU, num_warps=4, num_stages=2)
+    plan(torch.zeros(0))
+    with recording(GPUTarget("cuda", 90, 32)) as launches:
+        plan(torch.zeros(0))
+    assert kernel.compiled == launches == []
+
+
+class TestByLayout:
+    @pytest.fixture(autouse=True)
+    def alone(self, monkeypatch):
+        monkeypatch.setattr(_launch, "_plans", {})
+        self.made = []
+        self.find = by_layout(lambda *args: self.made.append(args) or len(self.made))
+
+    def test_one_for_all_that_lie_alike(self):
+        assert self.find(torch.zeros(4, 8), None, True) == 1
+        assert self.find(torch.ones(4, 8), None, True) == 1
+        assert len(self.made) == 1
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            (torch.zeros(8, 8), None, True),
+            (torch.zeros(8, 4).T, None, True),
+            (torch.zeros(4, 8, dtype=torch.float16), None, True),
+            (torch.zeros(4, 8, device="meta"), None, True),
+            (torch.zeros(4, 8), torch.zeros(2), True),
+            (torch.zeros(4, 8), None, False),
+        ],
+        ids=["shape", "strides", "dtype", "device", "tensor", "option"],
+    )
+    def test_another_for_another_call(self, other):
+        assert self.find(torch.zeros(4, 8), None, True) == 1
+        assert self.find(*other) == 2
+        assert self.find(*other) == 2
+
+    def test_another_for_another_chip(self):
+        x = torch.zeros(4, 8)
+        found = [self.find(x)]
+        for arch in (80, 90):
+            with recording(GPUTarget("cuda", arch, 32)):
+                found.append(self.find(x))
+        assert found == [1, 2, 3]
+
+    def test_another_for_another_precision(self, monkeypatch):
+        x, half = torch.zeros(4, 8), torch.zeros(4, 8, dtype=torch.float16)
+        found = [self.find(x), self.find(half)]
+        monkeypatch.setattr(_launch, "precision", lambda dtype: "tf32" if dtype == torch.float32 else "ieee")
+        found += [self.find(x), self.find(half)]
+        assert found == [1, 2, 3, 2]
+
+    def test_another_function_has_its_own(self):
+        other = by_layout(lambda x: "other")
+        assert self.find(torch.zeros(4)) == 1
+        assert other(torch.zeros(4)) == "other"
+
+    def test_not_more_and_more(self, monkeypatch):
+        monkeypatch.setattr(_launch, "_MOST_PLANS", 3)
+        for size in range(9):
+            self.find(torch.zeros(size))
+        assert len(_launch._plans) <= 3

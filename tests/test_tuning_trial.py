@@ -29,8 +29,9 @@ from tuned import (
 pytest.importorskip("triton")
 
 
+from peft_fast.kernels import _launch, low_rank
 from peft_fast.kernels import lora_linear as launchers
-from peft_fast.kernels import low_rank
+from peft_fast.kernels._launch import Plan
 
 # Small enough for the interpreter; dropout, so that the seed tells whether torch's random state was touched.
 M, K, N, R, P = 16, 16, 16, 2, 0.25
@@ -85,14 +86,14 @@ class TestTrial:
     def test_the_tensors_of_a_trial_are_its_own(self, monkeypatch):
         inputs, tensors = leaves()
         live = {tensor.data_ptr() for tensor in (*tensors, inputs.weight, inputs.bias, inputs.dy)}
-        seen, launch = [], low_rank.launch
+        seen, call = [], Plan.__call__
 
-        def watched(kernel, grid, *args, **options):
+        def watched(plan, *args):
             if threading.current_thread() is not threading.main_thread():
                 seen.extend(arg.data_ptr() for arg in args if isinstance(arg, torch.Tensor))
-            launch(kernel, grid, *args, **options)
+            call(plan, *args)
 
-        monkeypatch.setattr(low_rank, "launch", watched)
+        monkeypatch.setattr(Plan, "__call__", watched)
         step(inputs, tensors)
         assert seen
         assert not live & set(seen)
@@ -143,6 +144,7 @@ class TestTrial:
         inputs, tensors = leaves()
         plans, bwd = [], launchers.lora_bwd
         monkeypatch.setattr(launchers, "lora_bwd", lambda *args, **kw: plans.append(kw["plan"]) or bwd(*args, **kw))
+        monkeypatch.setattr(_launch, "_plans", {})
         tiles = spy(monkeypatch, low_rank, "_matmul_tile")
         with peft_fast.backend("triton"):
             y = lora_linear(tensors[0], inputs.weight, *tensors[1:])
