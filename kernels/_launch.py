@@ -60,21 +60,21 @@ class Plan:
     ) -> None:
         self.kernel, self.grid, self.numbers, self.device = kernel, grid, numbers, device
         self.constexprs, self.num_warps, self.num_stages = constexprs, num_warps, num_stages
+        self.is_empty, self.is_cuda = 0 in grid, device.type == "cuda" and torch.version.hip is None
+        self.rest: tuple = ()
         # What runs the kernel that Triton compiled, by what it compiles anew for. Its own look-up took the host of an
         # H100 about 50 us a launch more, and a training step of small layers has nothing else to wait for.
         self.compiled: dict[tuple, Any] = {}
 
     def __call__(self, *first: Any) -> None:
+        if self.is_empty:
+            return
         recorded = _recording.get()
         if recorded is not None:
-            if 0 not in self.grid:
-                arguments = (*first, *self.numbers)
-                recorded[1].append(
-                    Launch(self.kernel, self.grid, arguments, self.constexprs, self.num_warps, self.num_stages)
-                )
-        elif 0 in self.grid:
-            return
-        elif self.device.type != "cuda" or torch.version.hip:
+            arguments = (*first, *self.numbers)
+            launch = Launch(self.kernel, self.grid, arguments, self.constexprs, self.num_warps, self.num_stages)
+            recorded[1].append(launch)
+        elif not self.is_cuda:
             self._launch(first)
         elif self.device.index == torch.cuda.current_device():
             self._run(first)
@@ -87,7 +87,10 @@ class Plan:
         return self.kernel[self.grid](*first, *self.numbers, **self.constexprs, **options)
 
     def _run(self, first: tuple) -> None:
-        key = tuple(map(_specialization, first))
+        # What the compiled code may take for granted: at least as fine as what Triton itself looks at.
+        key = tuple(
+            [(arg.dtype, arg.data_ptr() % 16 == 0) if isinstance(arg, Tensor) else _of_number(arg) for arg in first]
+        )
         run = self.compiled.get(key)
         if run is not None:
             run(*first, *self.rest)
@@ -99,10 +102,7 @@ class Plan:
         self.compiled[key] = compiled[(*self.grid, 1, 1)[:3]]
 
 
-def _specialization(arg: Any) -> Any:
-    """What the code compiled for a kernel may take for granted of an argument: at least as fine as Triton's own."""
-    if isinstance(arg, Tensor):
-        return arg.dtype, arg.data_ptr() % 16 == 0
+def _of_number(arg: Any) -> Any:
     if type(arg) is int:
         return arg if arg == 1 else (arg % 16 == 0, -(2**31) <= arg < 2**31)
     return type(arg)

@@ -21,6 +21,8 @@ def resolve(*arguments: Any) -> list[Any]:
 
 def rows(tensor: Tensor) -> Tensor:
     """All but the last dimension as one, also where the last has no elements."""
+    if tensor.dim() == 2:
+        return tensor
     width = tensor.shape[-1]
     return tensor.reshape(-1 if width else tensor.shape[:-1].numel(), width)
 

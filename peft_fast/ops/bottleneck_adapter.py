@@ -251,11 +251,15 @@ class _BottleneckAdapter(torch.autograd.Function):
         if tensors[scaling] is None:
             tensors[scaling] = ctx.scaling
         options = ctx.options._replace(seed=seed)
-        with torch.autocast(dy.device.type, enabled=False):
-            if torch.is_grad_enabled():  # create_graph=True
-                grads = _differentiable_bwd(ctx, dy, tensors, options)
-            else:
-                grads = _backward(ctx, dy, tensors, options, saved)
+        backward = _backward
+        if torch.is_grad_enabled():  # create_graph=True
+            backward = _differentiable_bwd
+        # Backward may be called inside an autocast region.
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(dy.device.type):
+            with torch.autocast(dy.device.type, enabled=False):
+                grads = backward(ctx, dy, tensors, options, saved)
+        else:
+            grads = backward(ctx, dy, tensors, options, saved)
         return None, None, None, *(grads.get(name) for name in INPUTS)
 
 
@@ -271,14 +275,17 @@ def _backward(ctx, dy, tensors, options, saved):
         ctx.plan,
         traced=not support.runs_plainly(dy),
     )
-    grads = {name: grad.to(like[name].dtype).view(like[name].shape) for name, grad in grads.items()}
+    for name, grad in grads.items():
+        if grad.dtype is not like[name].dtype:
+            grad = grad.to(like[name].dtype)
+        grads[name] = grad if grad.shape == like[name].shape else grad.view(like[name].shape)
     skip = grads.get("residual")
     if skip is not None and support.runs_plainly(dy) and skip.data_ptr() == dy.data_ptr():
         grads["residual"] = dy  # not a view of it, into which autograd would accumulate
     return grads
 
 
-def _differentiable_bwd(ctx, dy, tensors, options):
+def _differentiable_bwd(ctx, dy, tensors, options, saved):
     """The gradients of the reference, themselves differentiable."""
     named = dict(zip(INPUTS, tensors, strict=True))
     if named["residual"] is None and not options.skip and "residual" in ctx.needs:
