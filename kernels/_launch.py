@@ -62,9 +62,7 @@ class Plan:
         self.constexprs, self.num_warps, self.num_stages = constexprs, num_warps, num_stages
         self.is_empty, self.is_cuda = 0 in grid, device.type == "cuda" and torch.version.hip is None
         self.rest: tuple = ()
-        # What runs the kernel that Triton compiled, by what it compiles anew for. Its own look-up took the host of an
-        # H100 about 50 us a launch more, and a training step of small layers has nothing else to wait for.
-        self.compiled: dict[tuple, Any] = {}
+        self.runners: dict[tuple, Any] = {}  # by the arguments that come first
 
     def __call__(self, *first: Any) -> None:
         if self.is_empty:
@@ -87,22 +85,36 @@ class Plan:
         return self.kernel[self.grid](*first, *self.numbers, **self.constexprs, **options)
 
     def _run(self, first: tuple) -> None:
-        # What the compiled code may take for granted: at least as fine as what Triton itself looks at.
         key = tuple(
             [(arg.dtype, arg.data_ptr() % 16 == 0) if isinstance(arg, Tensor) else _of_number(arg) for arg in first]
         )
-        run = self.compiled.get(key)
-        if run is not None:
-            run(*first, *self.rest)
-            return
-        compiled = self._launch(first)
-        compiled = compiled.result() if hasattr(compiled, "result") else compiled  # compiled asynchronously
-        names = self.kernel.arg_names[len(first) + len(self.numbers) :]
-        self.rest = (*self.numbers, *(self.constexprs[name] for name in names))
-        self.compiled[key] = compiled[(*self.grid, 1, 1)[:3]]
+        run = self.runners.get(key)
+        if run is None:
+            constants = [self.constexprs[name] for name in self.kernel.arg_names[len(first) + len(self.numbers) :]]
+            self.rest = (*self.numbers, *constants)
+            numbers = map(_of_number, self.numbers)
+            code = (id(self.kernel), self.device, self.num_warps, self.num_stages, *constants, *key, *numbers)
+            compiled = _compiled.get(code)
+            is_new = compiled is None
+            if is_new:
+                compiled = self._launch(first)
+                compiled = compiled.result() if hasattr(compiled, "result") else compiled  # compiled asynchronously
+                if compiled is None:  # run by the interpreter
+                    return
+                _compiled[code] = compiled
+            run = self.runners[key] = compiled[(*self.grid, 1, 1)[:3]]
+            if is_new:
+                return
+        run(*first, *self.rest)
+
+
+# What Triton compiled, by what it compiles anew for. Its own look-up took the host of an H100 about 50 us a launch
+# more, and a training step of small layers has nothing else to wait for.
+_compiled: dict[tuple, Any] = {}
 
 
 def _of_number(arg: Any) -> Any:
+    """What compiled code may take for granted of a number: at least as fine as what Triton looks at."""
     if type(arg) is int:
         return arg if arg == 1 else (arg % 16 == 0, -(2**31) <= arg < 2**31)
     return type(arg)

@@ -92,7 +92,7 @@ _TILES = {
 # a test asks for it.
 _FP32_TILES: dict[str, dict[int, dict[str | None, tuple[int, int, int]]]] = {
     "fwd": {
-        64: {None: (16, 64, 8), "sm80": (32, 32, 16), "sm90": (32, 64, 16), "gfx9": (32, 32, 8)},
+        64: {None: (16, 64, 8), "sm80": (16, 32, 8), "sm90": (32, 64, 16), "gfx9": (32, 32, 8)},
         128: {None: (16, 32, 16), "sm80": (16, 64, 16), "sm100": (16, 64, 16), "gfx9": (16, 32, 8)},
         256: {None: (16, 32, 8)},
     },
@@ -107,7 +107,7 @@ _FP32_TILES: dict[str, dict[int, dict[str | None, tuple[int, int, int]]]] = {
         256: {None: (16, 32, 8)},
     },
     "dkv": {
-        64: {None: (32, 32, 8), "sm90": (32, 32, 16)},
+        64: {None: (32, 32, 8), "sm80": (16, 32, 8), "sm90": (32, 32, 16)},
         128: {None: (16, 32, 16), "sm90": (16, 32, 8), "gfx9": (16, 32, 8)},
         256: {None: (16, 32, 8)},
     },
@@ -127,12 +127,14 @@ def _tile(kernel: str, query: Tensor, BLOCK_D: int, mask: bool, softcap: bool, g
     if query.element_size() > 2:
         tiles = _FP32_TILES[f"{kernel} gate" if gate and kernel != "fwd" else kernel][size]
         rows, keys, warps = tiles.get(kind, tiles[None])
-        if gate and (kernel, size, kind) in (("fwd", 128, "sm100"), ("fwd", 64, "sm90"), ("fwd", 64, "sm80")):
+        if gate and (kernel, size, kind) in (("fwd", 128, "sm100"), ("fwd", 64, "sm90")):
             warps = 8
         return Tile(rows, keys, 0, 0, warps, 1)
     rows, keys, warps, stages = _TILES[kernel][kind][size]
     if softcap or gate:
-        if kind in ("sm90", "sm100") and (kernel, BLOCK_D) in (("dq", 256), ("dkv", 128)):
+        if gate and kind == "sm80" and (kernel, BLOCK_D) == ("dq", 256):
+            rows = 16
+        elif kind in ("sm90", "sm100") and (kernel, BLOCK_D) in (("dq", 256), ("dkv", 128)):
             rows, keys, warps = 32, 32 if kind == "sm100" else 64, 8
         elif kind == "sm90" and (kernel, BLOCK_D) == ("dq", 128):
             rows, keys, warps = 128, 32, 8

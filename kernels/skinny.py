@@ -87,7 +87,9 @@ def _skinny_tile(
             return Tile(64, 256, 0, 32, 8, num_stages)
         if grad and x.shape[1] <= _NARROW and factor.shape[1] <= 64:
             return Tile(64, 64, 0, 64, 4 if kind == "sm90" else 8, num_stages)
-        return Tile(64, 128, 0, 64 if kind == "sm86" else 128, 8, num_stages)
+        # Of fp16, sm_80 spills beside 128 ranks.
+        narrow = kind == "sm86" or (kind == "sm80" and x.dtype is torch.float16)
+        return Tile(64, 128, 0, 64 if narrow else 128, 8, num_stages)
     # Three terms of the factor are alive at once; without wgmma each warp holds them all in registers.
     if kind in ("sm90", "interpreter") or with_ds:
         return Tile(64, 128, 0, 64, 8, num_stages)
@@ -278,13 +280,13 @@ def _sum_in_order(
     if partials_ptr is not None:
         blocks = tl.cdiv(size, BLOCK)
         if block >= 0 and block < blocks:
-            size = size // UNIT * UNIT
+            length = size // UNIT * UNIT  # no new value for `size`: a size of 1 is a constant of the compiler
             index = block.to(tl.int64 if WIDE else tl.int32) * BLOCK + tl.arange(0, BLOCK)
-            mask = index < size
+            mask = index < length
             acc = tl.zeros((BLOCK,), partials_ptr.dtype.element_ty)
             for first in range(0, count, COUNT):
                 i = first + tl.arange(0, COUNT)
-                ptrs = partials_ptr + (offsets(i, size, UNIT, True)[:, None] + index[None, :])
+                ptrs = partials_ptr + (offsets(i, length, UNIT, True)[:, None] + index[None, :])
                 acc += tl.sum(tl.load(ptrs, mask=(i < count)[:, None] & mask[None, :], other=0.0), 0)
             tl.store(out_ptr + index, cast(acc, out_ptr.dtype.element_ty), mask=mask)
         block -= blocks
@@ -460,7 +462,7 @@ def _factor_grad_plan(
         X_UNIT=unit(x, K),
         F_UNIT=unit(factor),
         R_UNIT=unit(R),
-        WIDE=needs_int64(x, factor) or (need_df and M * R > 2**31),
+        WIDE=needs_int64(x, factor) or ((need_df or need_ds) and M * R > 2**31),
         PRECISION=precision(x.dtype),
         device=x.device,
         num_warps=tile.num_warps,

@@ -147,6 +147,27 @@ for launch in launches:
 print(len(launches))
 """
 
+_SIZES_OF_ONE = """
+import torch, triton
+from benchmarks._calls import _bottleneck_adapter, _lora_linear, _prefix_attention
+from benchmarks._readings import CHIPS, source
+from peft_fast.kernels._launch import recording
+
+target, types = CHIPS["sm_90"].target, (torch.bfloat16, torch.float32)
+with recording(target) as launches:
+    for norms in (), ("before",), ("after",):
+        _bottleneck_adapter(*types, R=1, norms=norms)
+    _bottleneck_adapter(*types, R=1, norms=("before", "after"), M=1, K=1)
+    for plan in "split", "fused":
+        _lora_linear(*types, R=1, plan=plan)
+        _lora_linear(*types, R=1, plan=plan, M=1, N=1)
+        _lora_linear(*types, R=1, plan=plan, K=1)
+for launch in launches:
+    code, settings = source(launch, target)
+    triton.compile(code, target=target, options=settings)
+print(len(launches))
+"""
+
 _FLOAT64 = """
 import torch
 from benchmarks._calls import _lora_linear, _prefix_attention
@@ -179,7 +200,11 @@ print(count)
 
 # What only a compiler shows: an argument that is 1 reaches a kernel as a plain number, which has no methods; a mask of
 # bytes beside fp64, and whether fp64 fits. Speed is none of fp64's, so that spills do not count there.
-@pytest.mark.parametrize(("script", "least"), [(_ONE_SEQUENCE, 4), (_FLOAT64, 14)], ids=["batch of one", "fp64"])
+@pytest.mark.parametrize(
+    ("script", "least"),
+    [(_ONE_SEQUENCE, 4), (_SIZES_OF_ONE, 40), (_FLOAT64, 14)],
+    ids=["batch of one", "sizes of one", "fp64"],
+)
 def test_rare_calls_compile(script, least):
     root = Path(__file__).parent.parent
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

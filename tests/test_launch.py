@@ -24,9 +24,12 @@ class Kernel:
     def __getitem__(self, grid):
         def compile_and_launch(*args, **keywords):
             self.compiled.append((grid, args, keywords))
-            return _Compiled(self, len(self.compiled) - 1)
+            return self.result(len(self.compiled) - 1)
 
         return compile_and_launch
+
+    def result(self, number):
+        return _Compiled(self, number)
 
 
 class _Compiled:
@@ -37,10 +40,15 @@ class _Compiled:
         return lambda *args: self.kernel.launches.append((self.number, grid, args))
 
 
+def plan_of(kernel, size=32, grid=(4, 2), device=CPU, num_warps=4, BLOCK=16):
+    return Plan(kernel, grid, size, None, WIDE=False, BLOCK=BLOCK, device=device, num_warps=num_warps, num_stages=2)
+
+
 @pytest.fixture
-def run():
+def run(monkeypatch):
+    monkeypatch.setattr(_launch, "_compiled", {})
     kernel = Kernel()
-    plan = Plan(kernel, (4, 2), 32, None, WIDE=False, BLOCK=16, device=CPU, num_warps=4, num_stages=2)
+    plan = plan_of(kernel)
 
     def run(x, out, scale=0.5, count=32):
         plan._run((x, out, scale, count))
@@ -87,6 +95,45 @@ def test_1_is_no_other_number(run):
         run(x, out, count=count)
     assert len(run.kernel.compiled) == 2
     assert [number for number, *_ in run.kernel.launches] == [0]
+
+
+@pytest.mark.parametrize(
+    ("change", "compiled"),
+    [
+        ({"size": 64}, 1),
+        ({"grid": (3,)}, 1),
+        ({"size": 33}, 2),
+        ({"size": 1}, 2),
+        ({"BLOCK": 32}, 2),
+        ({"num_warps": 8}, 2),
+        ({"device": torch.device("meta")}, 2),
+    ],
+    ids=lambda value: str(value),
+)
+def test_plans_share_code_where_triton_would(run, change, compiled):
+    call = (torch.zeros(32), torch.zeros(32), 0.5, 32)
+    run(*call)
+    plan_of(run.kernel, **change)._run(call)
+    assert len(run.kernel.compiled) == compiled
+    launched = {"size": 32, "grid": (4, 2)} | change
+    expected = (0, (*launched["grid"], 1, 1)[:3], (*call, launched["size"], None, 16, False))
+    assert run.kernel.launches == ([expected] if compiled == 1 else [])
+
+
+def test_another_kernel_has_code_of_its_own(run):
+    call = (torch.zeros(32), torch.zeros(32), 0.5, 32)
+    run(*call)
+    other = Kernel()
+    plan_of(other)._run(call)
+    assert len(other.compiled) == 1
+    assert other.launches == run.kernel.launches == []
+
+
+def test_an_interpreter_returns_no_code(run):
+    run.kernel.result = lambda number: None
+    for _ in range(2):
+        run(torch.zeros(32), torch.zeros(32))
+    assert len(run.kernel.compiled) == 2
 
 
 def test_an_empty_grid_is_no_launch():
