@@ -333,6 +333,10 @@ def main() -> None:
         f"{options.method} on {options.model or 'all-MiniLM-L6-v2'}: {len(task.train)} texts to train on, "
         f"{len(task.held_out)} held out, labels {', '.join(task.labels)}"
     )
+    variants = _methods.VARIANTS[options.method]
+    steps = options.epochs * -(-len(task.train) // options.batch_size)
+    then = f", then {COMPARED_STEPS} each without dropout" if len(variants) > 1 else ""
+    print(f"{' and '.join(variants)}: {steps} steps{' each, in turns' if then else ''}{then}")
     results = train(task)
     loss_max_diff = compare_losses(task, results)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}

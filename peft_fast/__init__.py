@@ -5,6 +5,8 @@ import importlib.util
 import pathlib
 import sys
 
+__version__ = "0.1.0"
+
 
 def _find_kernels() -> None:
     """In a checkout, let `peft_fast.kernels`, and only that name, resolve to the folder beside the package."""

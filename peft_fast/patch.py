@@ -95,7 +95,7 @@ class PatchReport:
         if not self.rows:
             return "peft_fast: no adapter layers"
         fused = sum(row.state == "fused" for row in self.rows)
-        dropouts = f"; {self.dropouts} dropouts of the base model too" if self.dropouts else ""
+        dropouts = f"; {self.dropouts} dropouts of the base model patched" if self.dropouts else ""
         table = [
             ("module", "op", "runs", "reason"),
             *((row.name, row.op, row.state, row.reason) for row in self.rows),
@@ -126,9 +126,11 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
             prefix tuning, such as what `get_peft_model` returns.
         strict: raise where a layer would stay stock, whatever the call.
 
-    Raises ValueError where the model has no layer that can be patched, or, with `strict`, where one stays stock;
-    the model is then left as it was.
+    Raises ValueError where the model is none, has no layer that can be patched, or, with `strict`, where one stays
+    stock; the model is then left as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected what get_peft_model returned, got {type(model).__name__}")
     layers = list(_adapted(model))
     if not any(type(module) in (*_PATCHES, *_PATCHED, *_OWN) or _is_prefix(module) for _, module in layers):
         found = ", ".join(sorted({_class_path(module) for _, module in layers})) or "none, call get_peft_model first"

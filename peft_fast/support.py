@@ -30,6 +30,8 @@ MIN_GPU_ELEMENTS = 1 << 24
 # Below this many elements of x, seeding a generator twice costs the CPU more than its fast dropout saves.
 MIN_CPU_DROPOUT_ELEMENTS = 1 << 15
 
+_TOO_SMALL = f"last call: too small to gain with dropout, which takes an input of {MIN_CPU_DROPOUT_ELEMENTS} elements"
+
 # The same for a dropout module, which has no matmul beside it; twice as many where masks are made from bytes.
 MIN_CPU_MODULE_ELEMENTS = 1 << 16
 
@@ -209,7 +211,7 @@ def fusable_lora(layer: lora.Linear, x: Tensor | None = None) -> LoraCall | str:
         and x.is_cpu
         and current_backend(lora_a._parameters.get("weight")) == "auto"
     ):
-        return "last call: too small to gain with dropout"
+        return _TOO_SMALL
     for module in (base, lora_a, lora_b, dropout):
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return f"{type(module).__name__} inside the layer has hooks"
@@ -293,7 +295,7 @@ def _why_not_input(
         if stock is not None:
             return "stock is faster at this shape on this device" if stock else None
     if shape[:-1].numel() * max(weight.shape) < MIN_GPU_ELEMENTS:
-        return "too small to gain on this device"
+        return f"too small to gain on this device, which takes activations of {MIN_GPU_ELEMENTS} elements"
     return None
 
 

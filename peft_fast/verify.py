@@ -42,7 +42,8 @@ class VerifyReport:
 
     `seconds` is the median time of a training step, `saved_bytes` what autograd holds from its forward to its backward
     beside the model's own tensors, `peak_bytes` what the step allocates at its peak on a CUDA device, elsewhere None.
-    `fused` is how many adapter layers ran fused where results were compared, and how many there are.
+    `fused` is how many adapter layers ran fused where results were compared, and how many there are; `fused_in_steps`
+    how many did in the timed steps, where dropout may leave small calls to stock.
     `missing` names what stock gives and the patched model does not, `untrained` the parameters that require grad and
     get none from either.
     """
@@ -55,6 +56,7 @@ class VerifyReport:
     saved_bytes: tuple[int, int]
     peak_bytes: tuple[int, int] | None
     fused: tuple[int, int]
+    fused_in_steps: int
 
     @property
     def ok(self) -> bool:
@@ -69,7 +71,8 @@ class VerifyReport:
             f"{self.fused[0]} of {self.fused[1]} adapter layers fused",
             f"loss       {self.loss[0]:.6f} stock, {self.loss[1]:.6f} patched",
             f"worst      {worst.name}: error {worst.error:.2e}, {worst.budget:.2e} allowed",
-            f"step       {stock_ms:.1f} ms stock, {patched_ms:.1f} ms patched{_ratio(self.seconds)}",
+            f"step       {stock_ms:.1f} ms stock, {patched_ms:.1f} ms patched{_ratio(self.seconds)}, "
+            f"{self.fused_in_steps} of {self.fused[1]} layers fused in it",
             f"saved      {_mebibytes(self.saved_bytes)} held from forward to backward",
         ]
         if self.peak_bytes is not None:
@@ -191,7 +194,7 @@ def _costs(model: nn.Module, batch: Mapping[str, Any], layers: list[nn.Module], 
     """The last fields of `VerifyReport`, with `layers` patched on one side; the sides take turns."""
     seconds: tuple[list[float], list[float]] = ([], [])
     saved, peak = [0, 0], [0, 0]
-    own = (*model.parameters(), *model.buffers())
+    own, states = (*model.parameters(), *model.buffers()), []
     cuda = own[0].device if own[0].is_cuda else None
     for turn in range(steps + 1):
         for fused in (0, 1):
@@ -210,12 +213,15 @@ def _costs(model: nn.Module, batch: Mapping[str, Any], layers: list[nn.Module], 
             if cuda:
                 torch.cuda.synchronize(cuda)
                 peak[fused] = torch.cuda.max_memory_allocated(cuda) - before
+            if fused:
+                states = [row.state for row in report(model).rows]
             if turn:
                 seconds[fused].append(time.perf_counter() - start)
     return {
         "seconds": (statistics.median(seconds[0]), statistics.median(seconds[1])),
         "saved_bytes": tuple(saved),
         "peak_bytes": tuple(peak) if cuda else None,
+        "fused_in_steps": states.count("fused"),
     }
 
 

@@ -369,6 +369,7 @@ BAD = {
     "transposed": ({"down_weight": torch.randn(8, 2)}, "down_weight does not fit"),
     "residual": ({"residual": torch.randn(4, 9)}, "residual does not fit"),
     "up_weight": ({"up_weight": torch.randn(8, 3)}, "up_weight does not fit"),
+    "transposed up": ({"up_weight": torch.randn(2, 8), "residual": torch.randn(4, 8)}, "up_weight does not fit"),
     "down_bias": ({"down_bias": torch.randn(3)}, "down_bias does not fit"),
     "norm": ({"norm_after": (torch.ones(9), torch.ones(9))}, "norm_after_weight does not fit"),
     "column": ({"down_bias": torch.randn(2, 1)}, "down_bias does not fit"),

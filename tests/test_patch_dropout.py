@@ -239,7 +239,7 @@ class TestPatch:
         count = len(dropout_modules(model))
         report = peft_fast.patch(model)
         assert report.dropouts == count > 3
-        assert f"; {count} dropouts of the base model too" in str(report)
+        assert f"; {count} dropouts of the base model patched" in str(report)
         assert {type(module) for module in dropout_modules(model)} == {peft_fast.patch.__globals__["Dropout"]}
         layer = lora_layers(model)[0]
         assert type(layer.lora_dropout["default"]) is nn.Dropout  # part of the layer's op

@@ -54,6 +54,14 @@ def test_what_ran_stock_is_not_called_fused():
     assert report.fused == (len(lora_layers(model)) - 1, len(lora_layers(model)))
 
 
+def test_small_calls_with_dropout_run_stock_in_a_step():
+    """What is compared drops nothing, and is fused."""
+    report = peft_fast.verify(lora_model(lora_dropout=0.1), batch("bert"), steps=1)
+    assert report.fused[0] == report.fused[1] > 2
+    assert report.fused_in_steps == 0
+    assert f"0 of {report.fused[1]} layers fused in it" in str(report)
+
+
 def test_a_prefix_model_of_peft():
     torch.manual_seed(0)
     model = get_peft_model(bert(), PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4))

@@ -32,7 +32,7 @@ def find_attention(model: nn.Module) -> dict[str, str]:
     if not found:
         raise ValueError(
             f"model: {type(model).__name__} does not use transformers' attention interface, through which prefixes "
-            "reach attention"
+            "reach attention; peft's LoRA and peft_fast.BottleneckConfig do not need it"
         )
     return found
 

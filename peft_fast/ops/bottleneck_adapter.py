@@ -71,8 +71,9 @@ def _validate(
     if x.dim() == 0 or down_weight.dim() != 2 or up_weight.dim() != 2:
         raise misfit("the number of dimensions")
     (R, K), N = down_weight.shape, up_weight.shape[0]
-    shapes = {"x": (*x.shape[:-1], K), "residual": (*x.shape[:-1], N), "down_bias": (R,), "up_weight": (N, R)}
-    shapes |= {"up_bias": (N,), "norm_before_weight": (K,), "norm_before_bias": (K,)}
+    # Weights first: a transposed one would put the blame on the residual.
+    shapes = {"x": (*x.shape[:-1], K), "down_bias": (R,), "up_weight": (N, R), "up_bias": (N,)}
+    shapes |= {"residual": (*x.shape[:-1], N), "norm_before_weight": (K,), "norm_before_bias": (K,)}
     shapes |= {"norm_after_weight": (N,), "norm_after_bias": (N,)}
     for name, shape in shapes.items():
         if name in named and named[name].shape != shape:
