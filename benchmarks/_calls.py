@@ -153,7 +153,7 @@ def calls() -> list[Call]:
 
     for dtypes in DTYPES:
         for R in (8, 32, 64, 384):
-            for plan in ("split", "fused", *(("fused 128x128", "fused 64x128") if R <= 64 else ())):
+            for plan in ("split", "fused", *(("fused 128x128", "fused 64x128", "fused tma") if R <= 64 else ())):
                 add("lora_linear", dtypes, f"R {R}, {plan}", R=R, plan=plan)
         # Where x is small, skinny passes take other tiles.
         add("lora_linear", dtypes, "R 8, few rows", R=8, M=1024)

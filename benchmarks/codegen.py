@@ -25,7 +25,7 @@ from benchmarks._readings import CHIPS, TENSOR_MEMORY_COLUMNS, read, source
 # What the tests take, since all of it takes long: bf16 on every chip, the other dtypes and what takes most registers on
 # one chip with wgmma and one without.
 _BF16 = {"R 8, few rows", "R 8, split", "R 8, fused", "R 48, plain", "DH 64, padding"}
-_TILES = {"R 64, fused 128x128", "R 64, fused 64x128"}
+_TILES = {"R 64, fused 128x128", "R 64, fused 64x128", "R 64, fused tma"}
 _BF16_ON_TWO = _TILES | {"R 16, fused, rows of 4104", "R 256, norms", "DH 64, gate", "DH 64, decoding"}
 _OTHERS_ON_TWO = _TILES | {"R 8, split", "R 64, split", "R 64, fused", "R 64, norms", "DH 64, gate"}
 

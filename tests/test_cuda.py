@@ -131,7 +131,7 @@ def test_tuning_leaves_no_trace_and_keeps_what_it_found(monkeypatch, tuned):
     assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
 
 
-@pytest.mark.parametrize("plan", ["split", "fused", "fused 128x128", "fused 64x128"])
+@pytest.mark.parametrize("plan", ["split", "fused", "fused 128x128", "fused 64x128", "fused tma"])
 def test_every_plan_gives_the_same_result(plan):
     inputs = cuda_inputs()
     shape = tuning.Shape(inputs.x.device, 256, 256, 512, 8, torch.bfloat16, torch.bfloat16, False, False)

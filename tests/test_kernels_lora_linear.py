@@ -113,6 +113,28 @@ def test_large_tiles(dtypes, device, monkeypatch):
     assert_matches(inputs_with_zeros(300, 264, 520, 12, device=device, dtypes=dtypes), plan="split", p=0.1)
 
 
+# The same tiles in the same order, so the same bits; a tail in every dimension, and rows that no descriptor serves.
+@pytest.mark.parametrize("case", ["plain", "strided x", "strided weight", "odd rows", "conv1d"])
+@pytest.mark.parametrize("dtypes", ["bf16", "fp16-fp32"])
+def test_descriptors_read_what_pointers_read(dtypes, case, device):
+    K = 263 if case == "odd rows" else 264
+    inputs = inputs_with_zeros(136, K, 200, 12, device=device, dtypes=dtypes)
+    if case == "strided x":
+        inputs.x, inputs.dy = strided(inputs.x), strided(inputs.dy)
+    if case == "strided weight":
+        inputs.weight = strided(inputs.weight)
+    if case == "conv1d":
+        inputs.weight = transposed(inputs.weight)
+    by_pointers = run(inputs, plan="fused", p=0.1)
+    assert all(torch.equal(a, b) for a, b in zip(by_pointers, run(inputs, plan="fused tma", p=0.1), strict=True))
+    with recording(GPUTarget("cuda", 90, 32)) as launches:
+        run(inputs, plan="fused tma", p=0.1)
+    described = [launch.constexprs["DESCRIBED"] for launch in launches if "DESCRIBED" in launch.constexprs]
+    # y from x and Wᵀ, dx from dy and W.
+    expected = {"plain": ["NK", "KN"], "conv1d": ["KN", "NK"], "odd rows": ["", ""]}
+    assert described == expected.get(case, ["", ""])
+
+
 def transposed(tensor: Tensor) -> Tensor:
     return tensor.T.contiguous().T
 
