@@ -173,10 +173,7 @@ def _matmul_kernel(
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(DTYPE)[None, :]
     if DESCRIBED != "":
         for k in range(0, K, BLOCK_K):
-            if DESCRIBED == "KN":
-                g = g_ptr.load([k, col])
-            else:
-                g = tl.trans(g_ptr.load([col, k]))
+            g = g_ptr.load([k, col]) if DESCRIBED == "KN" else tl.trans(g_ptr.load([col, k]))
             acc = dot(x_ptr.load([row, k]), g, acc, PRECISION)
     else:
         offs_k = tl.arange(0, BLOCK_K)
