@@ -2,7 +2,6 @@ import functools
 import importlib.util
 import os
 
-import numpy as np
 import pytest
 import torch
 from torch.utils._device import _device_constructors
@@ -12,23 +11,25 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-def add_as_devices_do() -> None:
-    """A device adds the elements of a block as a tree; the interpreter adds row after row, which rounds far more."""
+def add_rows_as_devices_do() -> None:
+    """A device adds the rows of a block as a tree; the interpreter adds one after the other, which rounds far more."""
     from triton.runtime.interpreter import ReduceOps
 
-    def add(self, input):
-        assert self.axis is not None
-        assert not self.keep_dims
-        parts = np.moveaxis(input.handle.data, self.axis, 0)
-        while len(parts) > 1:  # blocks are powers of 2
-            parts = parts[: len(parts) // 2] + parts[len(parts) // 2 :]
-        return self.to_tensor(parts[0], input.dtype)
+    add = ReduceOps.sum
 
-    ReduceOps.sum = add
+    def add_rows(self, input):
+        values = input.handle.data
+        if self.axis != 0 or values.ndim == 1 or self.keep_dims:
+            return add(self, input)
+        while len(values) > 1:  # blocks are powers of 2
+            values = values[: len(values) // 2] + values[len(values) // 2 :]
+        return self.to_tensor(values[0], input.dtype)
+
+    ReduceOps.sum = add_rows
 
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-    add_as_devices_do()
+    add_rows_as_devices_do()
 
 # On a GPU each shape of a test would be measured, and the user's file of times read and written.
 os.environ["PEFT_FAST_TUNE"] = "0"
