@@ -61,7 +61,7 @@ METHODS = {
     "LoRA, query and value": Method(_lora("query, value", 0.0), compiled=("encoder",)),
     "LoRA, query and value, dropout 0.1": Method(_lora("query, value", 0.1), compiled=("encoder",)),
     "LoRA, all linear": Method(_lora("all", 0.0), compiled=("encoder",)),
-    # The causal language model is compiled in this row alone: that takes a quarter of an hour and 8 GB.
+    # The causal language model is compiled in this row alone: beside other work that took 24 minutes, and 8 GB.
     "LoRA, all linear, dropout 0.1": Method(_lora("all", 0.1), compiled=("encoder", "causal LM"), models=tuple(MODELS)),
     "Pfeiffer adapter, 48": Method(
         lambda model: peft_fast.BottleneckConfig(task_type=TASKS[model], style="pfeiffer", bottleneck_size=48),

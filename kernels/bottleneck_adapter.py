@@ -39,7 +39,8 @@ from torch import Tensor
 from ._launch import Plan, by_layout, cdiv, needs_int64, precision, rank_block, unit
 from .bottleneck_norm import down_grad
 from .bottleneck_rows import Norm, adapter_bwd_kernel, adapter_fwd_kernel, adapter_tile, dense
-from .skinny import _accumulator, _scaling_arguments, factor_grad, sums
+from .partial_sums import Partials, accumulator_dtype, sums
+from .skinny import _scaling_arguments, factor_grad
 
 
 @by_layout
@@ -52,34 +53,8 @@ def _fwd_plan(
     activation: str,
     residual_after_norm: bool,
 ) -> Plan:
-    (M, K), (N, R) = x.shape, up_weight.shape
-    tile = adapter_tile(x, down_weight, R, *norms)
-    block_r = rank_block(R, tile)
-    stride_rm = 0 if residual is None else residual.stride(0)
-    return Plan(
-        adapter_fwd_kernel,
-        (cdiv(M, tile.rows),),
-        M,
-        N,
-        K,
-        R,
-        x.stride(0),
-        stride_rm,
-        ACTIVATION=activation,
-        RESIDUAL_AFTER_NORM=residual_after_norm,
-        SPLIT=down_weight.dtype != x.dtype,
-        BLOCK_M=tile.rows,
-        BLOCK_C=tile.cols,
-        BLOCK_R=block_r,
-        BLOCKS_R=cdiv(R, block_r),
-        X_UNIT=unit(K, N, x.stride(0), stride_rm),
-        R_UNIT=unit(R),
-        WIDE=needs_int64(x, residual, down_weight, up_weight) or M * max(N, R) > 2**31,
-        PRECISION=precision(x.dtype),
-        device=x.device,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+    constexprs = {"ACTIVATION": activation, "RESIDUAL_AFTER_NORM": residual_after_norm}
+    return _walk(adapter_fwd_kernel, (x, residual), x, down_weight, up_weight, norms, constexprs)
 
 
 @by_layout
@@ -93,20 +68,33 @@ def _bwd_plan(
     activation: str,
     skip: str,
 ) -> Plan:
-    (M, N), (R, K) = dy.shape, down_weight.shape
+    constexprs = {"ACTIVATION": activation, "SKIP": skip}
+    return _walk(adapter_bwd_kernel, (dy, x, residual), x, down_weight, up_weight, norms, constexprs)
+
+
+def _walk(
+    kernel: Any,
+    tall: tuple[Tensor | None, ...],
+    x: Tensor,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    norms: tuple[bool, bool],
+    constexprs: dict[str, Any],
+) -> Plan:
+    """A plan with a program for each block of rows of x and of the other `tall` matrices that the kernel reads."""
+    M, (R, K), N = x.shape[0], down_weight.shape, up_weight.shape[0]
     tile = adapter_tile(x, down_weight, R, *norms)
     block_r = rank_block(R, tile)
-    strides = (dy.stride(0), x.stride(0), 0 if residual is None else residual.stride(0))
+    strides = [0 if matrix is None else matrix.stride(0) for matrix in tall]
     return Plan(
-        adapter_bwd_kernel,
+        kernel,
         (cdiv(M, tile.rows),),
         M,
         N,
         K,
         R,
         *strides,
-        ACTIVATION=activation,
-        SKIP=skip,
+        **constexprs,
         SPLIT=down_weight.dtype != x.dtype,
         BLOCK_M=tile.rows,
         BLOCK_C=tile.cols,
@@ -114,7 +102,7 @@ def _bwd_plan(
         BLOCKS_R=cdiv(R, block_r),
         X_UNIT=unit(K, N, *strides),
         R_UNIT=unit(R),
-        WIDE=needs_int64(dy, x, residual, down_weight, up_weight) or M * max(K, N, R) > 2**31,
+        WIDE=needs_int64(*tall, down_weight, up_weight) or M * max(K, N, R) > 2**31,
         PRECISION=precision(x.dtype),
         device=x.device,
         num_warps=tile.num_warps,
@@ -146,7 +134,7 @@ def adapter_fwd(
     M, (N, R) = x.shape[0], up_weight.shape
     residual = None if residual is None else _rows(residual)
     x, down_weight, up_weight = _rows(x), down_weight.contiguous(), up_weight.contiguous()
-    wide = _accumulator(x.dtype)
+    wide = accumulator_dtype(x.dtype)
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     z = torch.empty((M, R), dtype=wide, device=x.device)
     stats_before, stats_after = (
@@ -262,10 +250,10 @@ def adapter_bwd(
             threshold,
         )
     dtype = down_weight.dtype
-    up = down = (None, dtype)
-    up_bias_grad = (None, dtype)
+    up_sums: Partials = (None, dtype)
+    up_bias_sums = down_sums = up_sums
     if need_g:
-        up, up_bias_grad, _ = factor_grad(
+        up_sums, up_bias_sums, _ = factor_grad(
             dense_dy if norm_after is None else dh,
             act,
             up_weight,
@@ -278,17 +266,17 @@ def adapter_bwd(
         )
     through_before = norm_before is not None and bool(needs & {"down_weight", "norm_before"})
     if through_before or "down_weight" in needs:
-        down, _, _ = factor_grad(
+        down_sums, _, _ = factor_grad(
             x,
             dz,
             down_weight.mT,
             transposed=True,
-            stats=stats_before if through_before else None,
+            stats=stats_before,  # None without LN_before
             needs=(True, False, False),
         )
-    down_bias = (dbd, wide if through_before else dtype)
+    down_bias_sums = (dbd, wide if through_before else dtype)
     grads["up_weight"], grads["up_bias"], grads["down_weight"], dbd, *after = sums(
-        up, up_bias_grad, down, down_bias, (after_dw, dtype), (after_db, dtype)
+        up_sums, up_bias_sums, down_sums, down_bias_sums, (after_dw, dtype), (after_db, dtype)
     )
     grads["down_bias"], grads["norm_after"] = dbd if dbd is None else dbd.to(dtype), tuple(after)
     if through_before:

@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .low_rank import matmul, update
-from .skinny import factor_grad, reads_dy_once, shrink, sums
+from .partial_sums import sums
+from .skinny import factor_grad, reads_dy_once, shrink
 
 
 def lora_fwd(

@@ -21,8 +21,9 @@ from ._tl import accumulator, cast, dot, dot_rounded, keep_mask, keep_scale, loa
 # enough programs. Whether one is faster is for a measurement on the device to say.
 _NAMED_TILES = {"128x128": Tile(128, 128, 64, 64, 8, 3), "64x128": Tile(64, 128, 64, 64, 4, 3)}
 
-# Its own tile, with x and G read by the tensor memory accelerator: on sm_90 a step of the loop is 87 instructions
-# instead of 143. Persistent programs, whose loop spans tiles and carries the low-rank term along, take 236.
+# Its own tile, with x and G read by the tensor memory accelerator. Compiled by Triton 3.7.1 for sm_90, bf16 and R = 16,
+# a step of the loop is 91 instructions for y and 86 for dx instead of 143 and 138; a persistent variant, whose loop
+# spans tiles and carries the low-rank term along, took 236. Not timed.
 TMA = "tma"
 
 

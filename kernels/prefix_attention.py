@@ -33,10 +33,10 @@ from torch import Tensor
 
 from . import vendor_attention
 from ._launch import Plan, Tile, by_layout, cdiv, chip, needs_int64, next_power_of_2, precision, unit
+from .partial_sums import accumulator_dtype, chunks, sums
 from .prefix_backward import attention_dkv_kernel, attention_dq_kernel
 from .prefix_forward import attention_fwd_kernel, attention_mask_kernel
 from .prefix_tile import OWN, PREFIX
-from .skinny import _accumulator, _chunks, sums
 
 
 def _features_first(x: Tensor) -> Tensor:
@@ -254,7 +254,7 @@ def _dkv_plan(*layout: Any) -> tuple[Plan, int]:
     else:
         keys = call.P
         block_n = _block(keys, tile.cols, 32)
-        parts, steps = _chunks(call.Z * cdiv(call.S * call.group, rows), 1, call.H_KV * cdiv(keys, block_n))
+        parts, steps = chunks(call.Z * cdiv(call.S * call.group, rows), 1, call.H_KV * cdiv(keys, block_n))
         out = torch.empty((parts, call.H_KV, keys, call.DH), device="meta")
         strides = [0, *_strides(prefix_key), 0, *_strides(prefix_value)]
     plan = Plan(
@@ -332,7 +332,7 @@ def attention_fwd(
         y, lse = vendor_attention.fwd(*call.own)
         own = y, lse = _in_heads(y), lse.view(shape)
     else:
-        y, lse = _empty_heads(query), torch.empty(shape, dtype=_accumulator(query.dtype), device=query.device)
+        y, lse = _empty_heads(query), torch.empty(shape, dtype=accumulator_dtype(query.dtype), device=query.device)
         own = None, None
     plan = _fwd_plan(*call.layout, y)
     plan(*call.inputs, call.mask, call.gate, *own, y, lse, *call.factors, seed if threshold else None, threshold)

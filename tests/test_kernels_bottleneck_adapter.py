@@ -13,7 +13,7 @@ from kernel_cases import DTYPES, SEED
 from triton.backends.compiler import GPUTarget
 
 from peft_fast import reference
-from peft_fast.kernels import _launch, bottleneck_adapter, bottleneck_norm, skinny
+from peft_fast.kernels import _launch, bottleneck_adapter, bottleneck_norm, partial_sums, skinny
 from peft_fast.kernels._launch import recording
 from peft_fast.kernels.bottleneck_adapter import adapter_bwd, adapter_fwd
 from peft_fast.kernels.dropout import dropout_mask
@@ -430,7 +430,7 @@ def test_64_bit_offsets_give_the_same_bits(device, monkeypatch):
     case = make_case(40, 136, 136, 72, dtypes="bf16", norms="both", residual="other", p=0.1, device=device)
     narrow = run(case)
     monkeypatch.setattr(_launch, "_plans", {})
-    for module in (bottleneck_adapter, bottleneck_norm, skinny):
+    for module in (bottleneck_adapter, bottleneck_norm, partial_sums, skinny):
         monkeypatch.setattr(module, "needs_int64", lambda *tensors: True)
     wide = run(case)
     assert all(equal(narrow[name], wide[name]) for name in narrow)

@@ -13,7 +13,7 @@ from kernel_cases import DTYPES, SEED
 from triton.backends.compiler import GPUTarget
 
 from peft_fast import reference
-from peft_fast.kernels import _launch, low_rank, skinny
+from peft_fast.kernels import _launch, low_rank, partial_sums, skinny
 from peft_fast.kernels._launch import needs_int64, recording, unit
 from peft_fast.kernels.dropout import dropout_mask
 from peft_fast.kernels.lora_linear import lora_bwd, lora_fwd
@@ -340,7 +340,7 @@ def test_64_bit_offsets_give_the_same_bits(plan, device, monkeypatch):
     inputs = inputs_with_zeros(72, 136, 80, 8, device=device, dtypes="bf16")
     narrow = run(inputs, plan=plan, p=0.1)
     monkeypatch.setattr(_launch, "_plans", {})
-    for module in (low_rank, skinny):
+    for module in (low_rank, partial_sums, skinny):
         monkeypatch.setattr(module, "needs_int64", lambda *tensors: True)
     wide = run(inputs, plan=plan, p=0.1)
     assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True))

@@ -226,9 +226,9 @@ def test_bits_repeat(gate, device):
 
 # A part of several steps, across sequences, as large batches have.
 def test_parts_of_several_blocks_of_rows(device, monkeypatch):
-    chunks = prefix_attention._chunks
+    chunks = prefix_attention.chunks
     monkeypatch.setattr(_launch, "_plans", {})
-    monkeypatch.setattr(prefix_attention, "_chunks", lambda length, block, programs: chunks(length, 3, 128))
+    monkeypatch.setattr(prefix_attention, "chunks", lambda length, block, programs: chunks(length, 3, 128))
     assert_matches(make_case(5, 2, 1, 40, 20, 5, 16, dtypes="fp32", p=0.1, device=device))
 
 

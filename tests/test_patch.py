@@ -331,7 +331,9 @@ class TestReport:
         model = patched_copy(lora_model(lora_dropout=0.1))
         layer = lora_layers(model)[0]
         layer(torch.randn(4, 32))
-        assert peft_fast.report(model).rows[0].reason.startswith("last call: too small to gain with dropout")
+        assert peft_fast.report(model).rows[0].reason == (
+            "last call: too small to gain with dropout, which takes an input of 32768 elements"
+        )
         layer(torch.randn(1024, 32))
         assert peft_fast.report(model).rows[0].state == "fused"
 

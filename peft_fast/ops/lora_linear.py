@@ -181,8 +181,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan, traced):
         shape = x.shape
-        rows = x if len(shape) == 2 else _shared.rows(x)
-        y, s = _launch_fwd(rows, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan, traced)
+        y, s = _launch_fwd(_shared.rows(x), weight, lora_a, lora_b, bias, scaling, threshold, seed, plan, traced)
         need_x, _, need_a, need_b, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
             x if need_a else None, weight if need_x else None, lora_a, lora_b, s if need_b else None, seed
@@ -209,11 +208,9 @@ def _backward(ctx, dy, x, weight, lora_a, lora_b, s, seed, needs):
     if torch.is_grad_enabled():  # create_graph=True
         return _differentiable_bwd(ctx, dy, x, weight, lora_a, lora_b, seed, needs)
     shape, traced = ctx.x_shape, not support.runs_plainly(dy)
-    if len(shape) != 2:
-        dy = _shared.rows(dy)
-        x = x if x is None else _shared.rows(x)
+    x = x if x is None else _shared.rows(x)
     dx, *others = _launch_bwd(
-        dy, x, weight, lora_a, lora_b, s, ctx.scaling, ctx.threshold, seed, needs, ctx.plan, traced
+        _shared.rows(dy), x, weight, lora_a, lora_b, s, ctx.scaling, ctx.threshold, seed, needs, ctx.plan, traced
     )
     return dx if dx is None or len(shape) == 2 else dx.view(shape), *others
 
