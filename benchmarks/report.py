@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -178,8 +179,8 @@ def gpu(result: dict[str, Any]) -> str:
     missing: dict[str, list[str]] = {}
     for row in result["missing"]:
         missing.setdefault(row["reason"], []).append(name_of(row))
-    notes = [f"\n{reason[0].upper()}{reason[1:]}: {'; '.join(names)}.\n" for reason, names in missing.items()]
-    return markdown(["", *times, "peak memory"], lines) + "".join(notes)
+    notes = [f"{reason[0].upper()}{reason[1:]}: {'; '.join(names)}." for reason, names in missing.items()]
+    return markdown(["", *times, "peak memory"], lines) + "".join(f"\n{textwrap.fill(note, 120)}\n" for note in notes)
 
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
