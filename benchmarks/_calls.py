@@ -100,7 +100,7 @@ def _prefix_attention(
     dtype, prefix_dtype, *, DH, S=1024, group=4, p=0.0, mask=None, gate=False, causal=False, window=None, softcap=None
 ) -> None:
     """Tensors lie (Z, S, H, DH) in memory, as projections leave them."""
-    Z, H_KV, T, P = 8, 2, max(S, 1024), 32
+    Z, H_KV, T, P = 8, 2, S if S > 1 else 1024, 32
     H = H_KV * group
 
     def heads(length: int, count: int) -> Tensor:
@@ -179,6 +179,8 @@ def calls() -> list[Call]:
             add("prefix_attention", "bf16", f"DH {DH}, {name}", DH=DH, **_ATTENTION[name])
     for DH in (40, 80):
         add("prefix_attention", "bf16", f"DH {DH}, padding", DH=DH, **_ATTENTION["padding"])
+    # Masks whose rows are of 8·odd elements.
+    add("prefix_attention", "bf16", "DH 64, cap, 1032 tokens", DH=64, S=1032, **_ATTENTION["cap"])
     # One query at a time: the four heads of a group share a tile of 16 rows.
     add("prefix_attention", "bf16", "DH 64, decoding", DH=64, S=1, causal=True)
     return found

@@ -173,8 +173,8 @@ def needs_int64(*tensors: Tensor | None) -> bool:
     return False
 
 
-def unit(*operands: Tensor | int) -> int:
-    """The largest of 1, 2, 4, 8 that divides every given size and every stride, other than 1, of the given tensors.
+def unit(*operands: Tensor | int, most: int = 8) -> int:
+    """The largest power of 2 up to `most` that divides every given size and every stride, other than 1, of the tensors.
 
     What `_tl.tile_ptrs` takes: with 8, rows of 8·odd 16-bit elements still load 16 bytes at a time.
     """
@@ -183,7 +183,7 @@ def unit(*operands: Tensor | int) -> int:
         for operand in operands
         for value in ([operand] if isinstance(operand, int) else [s for s in operand.stride() if s != 1])
     ]
-    return math.gcd(8, *values)
+    return math.gcd(most, *values)
 
 
 _capability = functools.cache(torch.cuda.get_device_capability)

@@ -91,12 +91,14 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def normalized(x):
-    """(x / 2^e, 2^e) with 2^e <= max|x| < 2^(e+1), at most e = 126, for fp32 x; exact, and not finite where x is not.
+    """(x / 2^e, 2^e) with 2^e <= max|x| < 2^(e+1) over what is finite, at most e = 126, for fp32 x; exact.
 
     fp16 overflows at 65520 and thins out below 2^-14: a normalized tile has its full precision. Above 2^126 the inverse
-    would be no normal number.
+    would be no normal number. What is not finite stays so, and leaves the rest of the tile as it is.
     """
-    exponent = tl.minimum(tl.max(tl.abs(x)).to(tl.uint32, bitcast=True) & 0x7F800000, 0x7E800000)
+    size = tl.abs(x)
+    largest = tl.max(tl.where(size < float("inf"), size, 0.0))
+    exponent = tl.minimum(largest.to(tl.uint32, bitcast=True) & 0x7F800000, 0x7E800000)
     inverse = 0x7F000000 - exponent
     return x * inverse.to(tl.float32, bitcast=True), exponent.to(tl.float32, bitcast=True)
 

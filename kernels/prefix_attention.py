@@ -176,7 +176,7 @@ class _Layout:
             "DH": self.DH,
             "GROUP": self.group,
             "BLOCK_D": self.block_d,
-            "MASK_UNIT": unit(*self.mask_strides[1:]),
+            "MASK_UNIT": unit(self.T, *(stride for stride in self.mask_strides if stride != 1), most=16),
             "PRECISION": precision(query.dtype),
         }
 

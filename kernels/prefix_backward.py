@@ -132,7 +132,7 @@ def attention_dq_kernel(
     factors = (inner, outer)
     mask = (mask_ptr, stride_mh, stride_ms, stride_mt)
     if mask_ptr is not None:
-        mask = (mask_ptr + z * stride_mz, stride_mh, stride_ms, stride_mt)
+        mask = (mask_ptr + offsets(z, stride_mz, MASK_UNIT, WIDE), stride_mh, stride_ms, stride_mt)
     k_ptr += z * stride_kz + offsets(kv_head, stride_kh, UNIT, True)
     v_ptr += z * stride_vz + offsets(kv_head, stride_vh, UNIT, True)
     pk_ptr += offsets(kv_head, stride_pkh, UNIT, True)
@@ -338,7 +338,7 @@ def attention_dkv_kernel(
         stats = z * (H_KV * GROUP * S) + h * S + i
         mask = (mask_ptr, stride_mh, stride_ms, stride_mt)
         if mask_ptr is not None:
-            mask = (mask_ptr + z * stride_mz, stride_mh, stride_ms, stride_mt)
+            mask = (mask_ptr + offsets(z, stride_mz, MASK_UNIT, WIDE), stride_mh, stride_ms, stride_mt)
         q_offs = offsets(h, stride_qh, UNIT, WIDE) + offsets(i, stride_qs, UNIT, WIDE)
         q = features(q_ptr + z * stride_qz, q_offs, valid, X_DTYPE, DH, BLOCK_D)
         dy_offs = offsets(h, stride_dyh, UNIT, WIDE) + offsets(i, stride_dys, UNIT, WIDE)

@@ -121,7 +121,7 @@ def attention_fwd_kernel(
     factors = (inner, outer)
     mask = (mask_ptr, stride_mh, stride_ms, stride_mt)
     if mask_ptr is not None:
-        mask = (mask_ptr + z * stride_mz, stride_mh, stride_ms, stride_mt)
+        mask = (mask_ptr + offsets(z, stride_mz, MASK_UNIT, WIDE), stride_mh, stride_ms, stride_mt)
     k_ptr += z * stride_kz + offsets(kv_head, stride_kh, UNIT, True)
     v_ptr += z * stride_vz + offsets(kv_head, stride_vh, UNIT, True)
     pk_ptr += offsets(kv_head, stride_pkh, UNIT, True)

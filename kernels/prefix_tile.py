@@ -114,10 +114,10 @@ def queries_seeing(first, last, sizes, CAUSAL: tl.constexpr):
 
 @triton.jit
 def _add_bias(x, bias, BASE_2: tl.constexpr):
-    """x + an additive mask; finfo.min stays finite, as in a row of nothing else, whose softmax is uniform."""
+    """x + an additive mask. -inf stays; finfo.min stays finite: a row of nothing else has a uniform softmax."""
     bias = bias.to(x.dtype)
     if BASE_2:
-        bias = in_units(tl.maximum(bias, -2e38), True)
+        bias = tl.where(bias == float("-inf"), bias, in_units(tl.maximum(bias, -2e38), True))
     return x + bias
 
 
@@ -171,7 +171,7 @@ def logits(q, k, i, h, col, sizes, factors, mask, SEGMENT: tl.constexpr, CONFIG:
             visible = visible & (j[None, :] > (i + (T - S - window))[:, None])
         if mask_ptr is not None:
             ptrs = mask_ptr + offsets(j, stride_mt, MASK_UNIT, WIDE)[None, :]
-            inside = (j < T)[None, :]
+            inside = (j < T // MASK_UNIT * MASK_UNIT)[None, :]
             if MASK_BY_ROW:
                 rows = offsets(h, stride_mh, MASK_UNIT, WIDE) + offsets(i, stride_ms, MASK_UNIT, WIDE)
                 ptrs += rows[:, None]

@@ -88,12 +88,12 @@ class LoraLinear(nn.Module):
         wide = torch.promote_types(self.lora_a.dtype, torch.float32)
         return (self.scaling * (self.lora_b.to(wide) @ self.lora_a.to(wide))).to(self.lora_a.dtype)
 
-    def get_extra_state(self) -> dict[str, bool]:
-        """Whether the saved base weight holds the update already."""
-        return {"merged": self.merged}
+    def get_extra_state(self) -> Tensor:
+        """Whether the saved base weight holds the update already; a tensor, since safetensors holds nothing else."""
+        return torch.tensor(self.merged)
 
-    def set_extra_state(self, state: dict[str, bool]) -> None:
-        self.merged = state["merged"]
+    def set_extra_state(self, state: Tensor) -> None:
+        self.merged = bool(state)
 
     def extra_repr(self) -> str:
         return f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, merged={self.merged}"
@@ -139,7 +139,10 @@ class BottleneckAdapter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        out_features = out_features or in_features
+        out_features = in_features if out_features is None else out_features
+        for name, size in {"in_features": in_features, "out_features": out_features}.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}: expected a whole number of at least 1, got {size!r}")
         if not isinstance(bottleneck_size, int) or bottleneck_size < 1:
             raise ValueError(f"bottleneck_size: expected a whole number of at least 1, got {bottleneck_size!r}")
         if activation not in reference.ACTIVATIONS:

@@ -49,7 +49,7 @@ class Dropout(nn.Dropout):
 @dataclass(frozen=True)
 class _Patch:
     stock: type
-    patched: type
+    patched: type[nn.Module]
     op: str
     fusable: Callable[[Any], Any]  # the call's arguments, or the reason why a layer stays stock
 
@@ -129,8 +129,6 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
     Raises ValueError where the model is none, has no layer that can be patched, or, with `strict`, where one stays
     stock; the model is then left as it was.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: expected what get_peft_model returned, got {type(model).__name__}")
     layers = list(_adapted(model))
     if not any(type(module) in (*_PATCHES, *_PATCHED, *_OWN) or _is_prefix(module) for _, module in layers):
         found = ", ".join(sorted({_class_path(module) for _, module in layers})) or "none, call get_peft_model first"
@@ -158,8 +156,8 @@ def swap(module: Any) -> None:
 
 def unpatch(model: nn.Module) -> None:
     """Give every patched module of `model` its stock class back: the exact undo of `patch`."""
-    for module in model.modules():
-        if _is_prefix(module):
+    for module in _modules(model):
+        if type(module) in prefix_patch.PATCHED or _is_prefix(module):
             prefix_patch.swap_back(module)
         elif patch_attention.is_swapped(module):
             patch_attention.swap_back(module)
@@ -204,9 +202,16 @@ def _dropouts(model: nn.Module) -> list[nn.Module]:
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    _modules(model)
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) or _is_prefix(module):
             yield name or "(model)", module
+
+
+def _modules(model: nn.Module) -> Iterator[nn.Module]:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected what get_peft_model returned, got {type(model).__name__}")
+    return model.modules()
 
 
 def is_patched(module: nn.Module) -> bool:
@@ -236,16 +241,18 @@ def _class_path(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__name__}"
 
 
-def _why_stock(module: nn.Module) -> str:
+def _why_stock(module: Any) -> str:
     """Why an adapter layer runs stock even when patched; empty where it runs fused."""
     if _is_prefix(module):
         return prefix_patch.why_stock(module)
     if type(module) in _OWN:
-        return ""
+        if module.disable_adapters:
+            return "adapters are disabled"
+        return "" if set(module.active_adapters) & module._get_available_adapters() else "0 adapters are active"
     patch = _PATCHED.get(type(module)) or _PATCHES.get(type(module))
     if patch is None:
         return f"no fused op for {_class_path(module)}"
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ and not support.wraps(module.__dict__["forward"], patch.patched.forward):
         return "forward is set on the instance (an offload hook?)"
     call = patch.fusable(module)
     return call if isinstance(call, str) else ""

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from peft_fast import support
-from peft_fast.methods.prefix_interface import dispatches
+from peft_fast.methods.prefix_interface import CHILD, FOLLOWERS, behind, dispatches, put_behind
 from peft_fast.ops.attention_dropout import apply_attention_dropout
 
 _MARK = "_peft_fast_attention_dropout"
@@ -21,13 +20,13 @@ _MARK = "_peft_fast_attention_dropout"
 
 def takes(module: nn.Module) -> bool:
     """Whether `swap` would do something: its config has attention dropout, and "sdpa" is no function of a user's."""
-    known = AttentionInterface()["sdpa"] in (sdpa_attention_forward, _attention)
+    known = behind() in FOLLOWERS
     return known and not is_swapped(module) and dispatches(module) and _drops(getattr(module, "config", None))
 
 
 def swap(module: nn.Module) -> None:
     module.__dict__[_MARK] = True
-    AttentionInterface.register("sdpa", _attention)
+    put_behind(_attention)
 
 
 def swap_back(module: nn.Module) -> None:
@@ -40,7 +39,7 @@ def is_swapped(module: nn.Module) -> bool:
 
 def is_used(module: Any) -> bool:
     """Whether calls of the module come here: it has the mark, and asks for "sdpa"."""
-    if not is_swapped(module) or AttentionInterface()["sdpa"] is not _attention:
+    if not is_swapped(module) or behind() is not _attention or hasattr(module, CHILD):
         return False
     return getattr(module.config, "_attn_implementation", None) == "sdpa"
 
@@ -80,6 +79,9 @@ def _attention(
         bias.masked_fill_(~attention_mask, -torch.inf)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return apply_attention_dropout(query, key, value, bias, scale, threshold).transpose(1, 2).contiguous(), None
+
+
+FOLLOWERS.append(_attention)
 
 
 def _asks_for_more(kwargs: dict[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -166,6 +167,12 @@ def is_batched(x: Tensor) -> bool:
     return torch._C._functorch.is_legacy_batchedtensor(x)
 
 
+def wraps(forward: Any, ours: Any) -> bool:
+    """Whether a `forward` that is set on an instance ends in `ours`, as the wrappers of accelerate do."""
+    inner = inspect.unwrap(forward)
+    return getattr(inner, "__func__", inner) is ours
+
+
 # What `fusable_lora` returns where a call may be fused: base weight (N, K), lora_a, lora_b, bias, scaling, dropout_p.
 LoraCall = tuple[Tensor, Tensor, Tensor, Tensor | None, float, float]
 
@@ -219,12 +226,16 @@ def fusable_lora(layer: lora.Linear, x: Tensor | None = None) -> LoraCall | str:
             return f"forward is set on the instance of {type(module).__name__} inside the layer"
     if _has_global_hooks(layer):
         return _GLOBAL_HOOKS
-    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
-    a, b = lora_a._parameters.get("weight"), lora_b._parameters.get("weight")
-    if lora_b._parameters.get("bias") is not None:
+    weight, bias, a, b = (
+        _parameter(base, "weight"),
+        _parameter(base, "bias"),
+        _parameter(lora_a, "weight"),
+        _parameter(lora_b, "weight"),
+    )
+    if _parameter(lora_b, "bias") is not None:
         return "lora_bias is not fused"
     for tensor in (weight, a, b, weight if bias is None else bias):
-        if type(tensor) is not nn.Parameter:
+        if type(tensor) not in PLAIN_TENSORS:
             return f"a parameter is {type(tensor).__name__}, not a plain Parameter"
     if weight.requires_grad:
         return "the base weight requires grad"
@@ -246,6 +257,12 @@ def fusable_lora(layer: lora.Linear, x: Tensor | None = None) -> LoraCall | str:
     if x is not None and (reason := _why_not_input(layer, x, matrix, a, dropout_p, backend)):
         return f"last call: {reason}"
     return matrix, a, b, bias, scaling, dropout_p
+
+
+def _parameter(module: nn.Module, name: str) -> Any:
+    """A parameter; in a replica of `nn.DataParallel` it is a tensor among the attributes."""
+    parameter = module._parameters.get(name)
+    return module.__dict__.get(name) if parameter is None else parameter
 
 
 def _why_not_on_device(weight: Tensor, a: Tensor, b: Tensor, backend: str) -> str | None:

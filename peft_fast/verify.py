@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_fast.patch import is_patched, patch, report, swap, unpatch
+from peft_fast.support import STOCK_CALL
 from peft_fast.testing import error_budget, largest_error, saved_bytes
 
 _GRADIENT = "gradient of "
@@ -108,12 +109,16 @@ def verify(model: nn.Module, batch: Mapping[str, Any], *, steps: int = 5) -> Ver
 
     The lora_B of a fresh adapter is zero, and hides an error of what it multiplies: verify one that has learned.
 
-    Raises ValueError where the model has nothing to patch, returns no loss, or cannot run in the wider dtype, and where
-    the batch is no mapping.
+    Raises ValueError where the model has nothing to patch, returns no loss, or cannot run in the wider dtype, where the
+    batch is no mapping, and where steps are fewer than 1.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected what get_peft_model returned, got {type(model).__name__}")
     if not isinstance(batch, Mapping):
         raise ValueError(f"batch: expected the keyword arguments of the model's forward, got {type(batch).__name__}")
-    with _restored(model) as patched:
+    if steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {steps}")
+    with torch.enable_grad(), _restored(model) as patched:
         if not patched:
             patch(model)  # raises where nothing can be patched
         layers = [module for module in model.modules() if is_patched(module)]
@@ -229,6 +234,7 @@ def _costs(model: nn.Module, batch: Mapping[str, Any], layers: list[nn.Module], 
 def _restored(model: nn.Module) -> Iterator[list[nn.Module]]:
     """Yields the patched modules of `model`. Whatever happens inside, it and torch's random state end as before."""
     patched = [module for module in model.modules() if is_patched(module)]
+    last_calls = {module: module.__dict__.get(STOCK_CALL) for module in patched}
     modes = {module: module.training for module in model.modules()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
@@ -240,8 +246,11 @@ def _restored(model: nn.Module) -> Iterator[list[nn.Module]]:
             yield patched
     finally:
         unpatch(model)
-        for module in patched:
+        for module, reason in last_calls.items():
             swap(module)
+            module.__dict__.pop(STOCK_CALL, None)
+            if reason is not None:
+                module.__dict__[STOCK_CALL] = reason
         for module, mode in modes.items():
             module.training = mode
         for parameter, gradient in gradients.items():

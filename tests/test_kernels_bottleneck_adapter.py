@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -344,6 +345,20 @@ def test_range_of_fp16(dtypes, power, device):
     case.dy /= 256
     assert forward(case)[1].abs().max() > 65504 or power < 24
     assert_matches(case)
+
+
+# What one token has that is not finite is its own affair: the others share its tile, not its range.
+@pytest.mark.parametrize("dtypes", ["fp16", "bf16"])
+def test_tokens_that_are_not_finite(dtypes, device):
+    case = make_case(20, 64, 64, 8, dtypes=dtypes, device=device)
+    case.tensors["x"][3] = 0
+    expected = forward(case)[0]
+    case.tensors["x"][3, 5] = torch.inf
+    with np.errstate(invalid="ignore", over="ignore"):
+        y = forward(case)[0]
+    others = torch.arange(20, device=device) != 3
+    assert not y[3].isfinite().all()
+    assert torch.equal(y[others], expected[others])
 
 
 # relu's zeros are where the exact z has them: fp32 weights rounded to 16 bits would move its sign.

@@ -236,6 +236,22 @@ def test_range_of_fp16(dtypes, power, plan, device):
     assert_matches(inputs, plan=plan, p=0.1)
 
 
+# What one token has that is not finite is its own affair: the others share its tile, not its range.
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize("dtypes", ["fp16", "fp16-fp32", "bf16"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_tokens_that_are_not_finite(plan, dtypes, value, device):
+    inputs = inputs_with_zeros(20, 64, 64, 8, device=device, dtypes=dtypes)
+    inputs.x[3] = 0
+    expected = run(inputs, plan=plan)[0]
+    inputs.x[3, 5] = value
+    with np.errstate(invalid="ignore", over="ignore"):
+        y = run(inputs, plan=plan)[0]
+    assert not y[3].isfinite().any()
+    others = torch.arange(20, device=device) != 3
+    assert torch.equal(y[others], expected[others])
+
+
 # To fp32's end, where the inverse of a power of two is no normal number; what is not finite stays so, by itself.
 def test_range_of_factors_beside_fp16(device):
     generator = torch.Generator().manual_seed(0)

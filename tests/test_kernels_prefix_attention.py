@@ -44,9 +44,12 @@ def test_shapes(Z, H, H_KV, S, T, P, DH, options, device):
 
 
 # Who sees whom: each mask alone and beside causal and window, rows that see nothing at all, queries before all keys.
-# fp64 beside fp32 with a gate, where what few keys get must not be a small difference of large numbers.
+# fp64 beside fp32 with a gate, where what few keys get must not be a small difference of large numbers; 16 bits, whose
+# logits are powers of 2.
 @pytest.mark.parametrize(
-    ("dtypes", "gate"), [("fp32", False), ("fp32", True), ("fp64", True)], ids=["joint", "gate", "gate-fp64"]
+    ("dtypes", "gate"),
+    [("fp32", False), ("fp32", True), ("fp64", True), ("fp16", True), ("bf16", True)],
+    ids=["joint", "gate", "gate-fp64", "gate-fp16", "gate-bf16"],
 )
 @pytest.mark.parametrize(
     ("mask", "S", "T", "options"),

@@ -323,6 +323,15 @@ def test_autocast(dtype):
         assert_within_budget(*values, length=64, name=name)
 
 
+def test_float64_under_autocast():
+    inputs = lora_linear_inputs(12, 24, 40, 4, dtype=torch.float64)
+    arguments = (inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = lora_linear(*arguments)
+        assert torch.nn.functional.linear(inputs.x, inputs.weight).dtype is torch.float64
+    assert torch.equal(y, lora_linear(*arguments))
+
+
 def test_backward_inside_autocast():
     inputs = lora_linear_inputs(64, 48, 40, 4)
     x = inputs.x.requires_grad_()

@@ -51,11 +51,15 @@ def test_autocast():
 OPTIONS = [{}, {"is_causal": True, "dropout_p": 0.2}, {"softcap": 2.0, "sliding_window": 5}]
 
 
+# Keys and values lie (Z, T, H_KV, DH), as a projection leaves them, or (Z, H_KV, T, DH), as a cache does.
+@pytest.mark.parametrize("layout", ["projected", "cached"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck(backend, options):
+def test_opcheck(backend, options, layout):
     inputs = prefix_attention_inputs(2, 4, 2, 16, 18, 3, 16, gate="softcap" in options)
     leaves = inputs.leaves()
+    if layout == "cached":
+        leaves |= {name: leaves[name].contiguous() for name in ("key", "value")}
     tensors = [leaves.get(name) for name in ("query", "key", "value", "prefix_key", "prefix_value")]
     tensors = [tensor.requires_grad_() for tensor in tensors]
     tensors += [torch.ones(16, 18, dtype=torch.bool), inputs.gate]

@@ -236,19 +236,19 @@ def test_the_rows_run_once_for_a_generation_and_again_when_they_change():
         parameter(model).add_(torch.randn(P, 32))
         assert not torch.allclose(model(tokens(2, 1), past_key_values=again).logits, before)
     front = getattr(model.base_model.model.model.layers[0].self_attn, FRONT)
-    assert front.keys
-    assert not copy.deepcopy(front).keys
+    assert front.now.keys
+    assert not copy.deepcopy(front).now.keys
     past = model(tokens(2, 5), use_cache=True).past_key_values
     model(tokens(2, 1), past_key_values=past).logits.sum().backward()
     assert parameter(model).grad.abs().max() > 0
-    assert not front.keys
+    assert not front.now.keys
 
 
 def test_no_dropout_in_what_the_whole_batch_shares():
     model = with_rows("gpt2", base=build("gpt2"))
     attention = model.base_model.model.transformer.h[1].attn
     seen = []
-    attention.register_forward_hook(lambda *_: seen.append(getattr(attention, FRONT).keys.get(attention)))
+    attention.register_forward_hook(lambda *_: seen.append(getattr(attention, FRONT).now.keys.get(attention)))
     for training in (True, False):
         model.train(training)(**data("gpt2"))
     assert model.train().base_model.model.transformer.h[0].training

@@ -107,7 +107,8 @@ def test_disabled_deleted_or_unloaded_is_the_base_model(family, implementation):
     assert not torch.allclose(logits(model, family), expected)
     with model.disable_adapter():
         assert torch.equal(logits(model, family), expected)
-    assert {m.config._attn_implementation for m in attention_modules(model).values()} <= set(NAMES.values())
+    names = {"sdpa", NAMES["eager"]}  # models branch on the name, so "sdpa" stays
+    assert {m.config._attn_implementation for m in attention_modules(model).values()} <= names
     assert model.unload() is base
     assert torch.equal(logits(base, family), expected)
     assert set(base.state_dict()) == keys
@@ -131,7 +132,7 @@ def test_the_attention_implementation_may_be_chosen_later():
     assert len(eager.attentions) == 2
     base.set_attn_implementation("sdpa")
     model.generate(**data("llama"), max_new_tokens=1)
-    assert base.config._attn_implementation == NAMES["sdpa"]
+    assert base.config._attn_implementation == "sdpa"
     base.set_attn_implementation("eager")
     model.unload()
     assert base.config._attn_implementation == "eager"

@@ -16,15 +16,19 @@ from transformers import (
     DynamicCache,
     EncoderDecoderConfig,
     EncoderDecoderModel,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     LlamaConfig,
     LlamaForSequenceClassification,
+    MiniMaxM3VLForCausalLM,
+    MiniMaxM3VLTextConfig,
     StaticCache,
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
 
 from peft_fast import PrefixConfig
-from peft_fast.methods.prefix_interface import NAMES
+from peft_fast.methods.prefix_interface import name_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CAUSAL = [family for family, task in TASKS.items() if task == "CAUSAL_LM"]
@@ -319,7 +323,7 @@ def test_the_sequence_is_masked_as_in_the_base_model(case, implementation):
         )
         expected = call(attention, q, kv, kv, None, scaling=1.0)[0]
         get_peft_model(base, PrefixConfig(gate=True))
-        actual = AttentionInterface()[NAMES[implementation]](attention, q, kv, kv, None, scaling=1.0)[0]
+        actual = AttentionInterface()[name_for(implementation)](attention, q, kv, kv, None, scaling=1.0)[0]
     else:
         if case.endswith("mask") and case != "no mask":
             mask = torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.5
@@ -330,3 +334,48 @@ def test_the_sequence_is_masked_as_in_the_base_model(case, implementation):
         model = get_peft_model(base, PrefixConfig(gate=True))
         actual = logits(model, "llama", input_ids=ids, attention_mask=mask)
     torch.testing.assert_close(actual, expected)
+
+
+def gemma4():
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "global_head_dim": 8}
+    layers = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "num_kv_shared_layers": 2}
+    embeddings = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 50, "pad_token_id": 0}
+    return Gemma4ForCausalLM(Gemma4TextConfig(**sizes, **layers, **embeddings, layer_types=["full_attention"] * 4))
+
+
+def minimax():
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "head_dim": 16, "rotary_dim": 8}
+    layers = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "dense_intermediate_size": 32}
+    index = {"index_n_heads": 2, "index_head_dim": 16, "index_block_size": 8, "index_topk_blocks": 2}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "shared_intermediate_size": 32}
+    kinds = {"layer_types": ["minimax_m3_sparse"] * 2, "mlp_layer_types": ["dense"] * 2}
+    model = MiniMaxM3VLForCausalLM(MiniMaxM3VLTextConfig(**sizes, **layers, **experts, **index, **tokens, **kinds))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:  # as they are, the model looks at no token but the last
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+# Gemma 4 computes fewer queries where few logits are wanted, MiniMax M3 makes a mask of blocks: under "sdpa" alone.
+@pytest.mark.parametrize(
+    ("make", "options"), [(gemma4, {"logits_to_keep": 3}), (minimax, {})], ids=["gemma4", "minimax"]
+)
+def test_models_that_branch_on_the_name_of_their_attention(make, options):
+    torch.manual_seed(0)
+    base = make().eval().requires_grad_(False)
+    ids = tokens(2, 48)
+    with torch.no_grad():
+        expected = base(ids, **options).logits
+        if not options:
+            base.config._attn_implementation = "peft_fast_prefix_sdpa"  # another name, and the blocks are gone
+            assert not torch.allclose(base(ids).logits, expected, atol=0.1)
+            base.config._attn_implementation = "sdpa"
+        model = get_peft_model(base, PrefixConfig(gate=True)).eval()
+        torch.testing.assert_close(model(ids, **options).logits, expected, rtol=1e-4, atol=1e-4)
+        with model.disable_adapter():
+            assert torch.equal(model(ids, **options).logits, expected)

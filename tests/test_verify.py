@@ -138,6 +138,23 @@ def test_nothing_to_patch():
         verify(bert())
 
 
+def test_what_the_report_knows_stays():
+    model = lora_model(lora_dropout=0.1)
+    peft_fast.patch(model)
+    model(**batch("bert"))
+    before = peft_fast.report(model)
+    assert any(row.reason.startswith("last call") for row in before.rows)
+    with torch.no_grad():
+        peft_fast.verify(model, batch("bert"), steps=1)
+    assert peft_fast.report(model) == before
+
+
+@pytest.mark.parametrize(("model", "steps", "named"), [(None, 1, "model"), ("bert", 0, "steps")])
+def test_arguments(model, steps, named):
+    with pytest.raises(ValueError, match=f"^{named}: "):
+        peft_fast.verify(model and lora_model(), batch("bert"), steps=steps)
+
+
 def test_a_batch_that_is_no_mapping():
     with pytest.raises(ValueError, match="batch: expected the keyword arguments of the model's forward, got list"):
         peft_fast.verify(lora_model(), [1, 2])

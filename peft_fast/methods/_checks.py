@@ -17,6 +17,8 @@ def check_targets(config: Any) -> None:
             f"layers_to_transform: write the layers into the regular expression target_modules, "
             f"got {config.layers_to_transform!r} and {config.target_modules!r}"
         )
+    if isinstance(config.layers_to_transform, (list, tuple, set)) and not config.layers_to_transform:
+        raise ValueError(f"layers_to_transform: names no layer, got {config.layers_to_transform!r}")
     if config.layers_pattern and config.layers_to_transform is None:
         raise ValueError(f"layers_pattern: needs layers_to_transform, got layers_pattern={config.layers_pattern!r}")
     for name in ("target_modules", "exclude_modules"):

@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_fast import support
 from peft_fast.layers import ADAPTER_INITS, init_adapter
 from peft_fast.methods._checks import RefusesMixedBatches, check_targets, is_number
+from peft_fast.methods._per_thread import PerThread
 from peft_fast.methods.bottleneck_targets import default_targets
 from peft_fast.ops._shared import fit
 from peft_fast.ops.bottleneck_adapter import apply_bottleneck_adapter
@@ -141,16 +142,15 @@ class _Source:
     """Keeps what a module of the model receives until the adapter beside it has read it."""
 
     def __init__(self, module: nn.Module) -> None:
-        # One entry a device, since the replicas of `nn.DataParallel` share this object.
-        self.inputs: dict[torch.device, Tensor] = {}
+        self.of_thread = PerThread()  # the replicas of `nn.DataParallel` share this object too
         self.handle = module.register_forward_pre_hook(self, with_kwargs=True)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
-        self.inputs[x.device] = x
+        self.of_thread.received = args[0] if args else next(iter(kwargs.values()))
 
-    def take(self, device: torch.device) -> Tensor | None:
-        return self.inputs.pop(device, None)
+    def take(self) -> Tensor | None:
+        received, self.of_thread.received = self.of_thread.received, None
+        return received
 
 
 class BottleneckLayer(nn.Module, BaseTunerLayer):
@@ -235,14 +235,14 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         for name in active:
             if name in around:
                 continue
-            config, received = self.bottleneck_config[name], self._received(name, y.device)
+            config, received = self.bottleneck_config[name], self._received(name)
             if config.style == "parallel":
                 y = self._adapt(name, x if received is None else received, y)
             else:
                 u = y if received is None else y + received
                 y = self._adapt(name, u, y if config.residual_from == "branch" else u)
         for source in self.bottleneck_source.values():
-            source.take(y.device)  # of adapters that are not active
+            source.take()  # of adapters that are not active
         return (y, *result[1:]) if isinstance(result, tuple) else y
 
     def _is_around_norm(self, adapter_name: str) -> bool:
@@ -257,14 +257,14 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         if residual_from == "branch":
             return self._adapt(adapter_name, x, u)  # u is h + r
         adapted = self._adapt(adapter_name, x, u if residual_from == "sum" else x)
-        received: Any = self._received(adapter_name, u.device)
+        received: Any = self._received(adapter_name)
         return adapted + received.view_as(adapted)  # OPT adds in two dimensions
 
-    def _received(self, adapter_name: str, device: torch.device) -> Tensor | None:
+    def _received(self, adapter_name: str) -> Tensor | None:
         """What the source module received, None where the adapter has no source."""
         if adapter_name not in self.bottleneck_source:
             return None
-        received = self.bottleneck_source[adapter_name].take(device)
+        received = self.bottleneck_source[adapter_name].take()
         if received is None:
             raise ValueError(
                 f"source_module: {self.bottleneck_config[adapter_name].source_module!r} did not run before"

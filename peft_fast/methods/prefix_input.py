@@ -12,6 +12,7 @@ and keeps no caches, causal models also have the rows in front of the sequence.
 
 import inspect
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +20,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from peft_fast.methods._per_thread import PerThread
 from peft_fast.methods.prefix_config import PrefixConfig
-from peft_fast.methods.prefix_interface import FRONT
+from peft_fast.methods.prefix_interface import FRONT, cache_of
 from peft_fast.methods.prefix_targets import find_attention
 
 # The name of the rows among the children of the module that they are put in front of.
@@ -134,11 +136,9 @@ class Front:
     def __init__(self, stack: Stack, layer: InputLayer) -> None:
         self.stack = stack
         self.layer = layer
-        # Causal: while a forward runs, keys and values (1, H_KV, P, DH) of the rows by attention module.
-        self.keys: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-        self.made_from: Any = None
-        # While not None: the stack runs on the rows alone, and fills `keys`.
-        self.alone: Tensor | None = None
+        # Causal: while a forward runs, `keys` has keys and values (1, H_KV, P, DH) of the rows by attention module,
+        # from the parameters `made_from`. While `alone` is not None, the stack runs on the rows alone and fills `keys`.
+        self.now = PerThread()
         for module in stack.attention:
             setattr(module, FRONT, self)
         self.handles = [
@@ -156,10 +156,6 @@ class Front:
                 stack.owner.register_forward_hook(self._forget, with_kwargs=True, always_call=True),
             ]
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Copies are made between forwards: what is kept for the next step of a generation is none of theirs.
-        return self.__dict__ | {"keys": {}, "made_from": None, "alone": None}
-
     def off(self) -> None:
         for handle in self.handles:
             handle.remove()
@@ -173,20 +169,21 @@ class Front:
         P = self.layer.length()
         if not P:
             return prefix, mask
-        if self.alone is not None:
-            self.keys[module] = key, value
+        if self.now.alone is not None:
+            self.now.keys[module] = key, value
             # Whatever the layer's window, and whatever packing the positions look like: the rows see each other in the
             # same way in front of a sequence.
             mask = None if mask is None else _widen(mask[..., :0, :0], P, 0, causal=True)
             return prefix, mask
         if self._in_sequence():
             return prefix, None if mask is None else _widen(mask, P, query.shape[2] - P, self.stack.causal)
-        if module not in self.keys:
+        keys = self.now.keys or {}
+        if module not in keys:
             raise ValueError(
                 f"layers: 'input' needs the whole {type(self.stack.owner).__name__} to run, not a "
                 f"{type(module).__name__} alone or again; for checkpointing use gradient_checkpointing_enable"
             )
-        key, value = (rows[0] for rows in self.keys[module])
+        key, value = (rows[0] for rows in keys[module])
         key = key.to(value.dtype)  # autocast leaves rotary keys in float32
         if prefix is None:
             return (key, value, None), mask
@@ -205,14 +202,14 @@ class Front:
 
     def _inserted(self) -> int:
         """How many rows stand in front of the sequence in the layers."""
-        return self.layer.length() if self.alone is None and self._in_sequence() else 0
+        return self.layer.length() if self.now.alone is None and self._in_sequence() else 0
 
     def _insert(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         hidden = args[0] if args else kwargs["hidden_states"]
         if self.layer.recorded is not None:
             self.layer.recorded.append(hidden.detach())
-        if self.alone is not None:
-            hidden = self.alone.to(hidden.device, hidden.dtype)
+        if self.now.alone is not None:
+            hidden = self.now.alone.to(hidden.device, hidden.dtype)
         elif self._inserted():
             hidden = torch.cat([self.layer.rows(hidden).expand(len(hidden), -1, -1), hidden], 1)
         else:
@@ -261,11 +258,11 @@ class Front:
     def _run(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """Compute the rows' keys and values, once for all layers and the whole batch."""
         P = self.layer.length()
-        if not P or self.alone is not None or self._in_sequence():
+        if not P or self.now.alone is not None or self._in_sequence():
             return
         made_from = self._made_from()
-        past = kwargs.get("past_key_values")
-        if made_from is not None and made_from == self.made_from and past is not None and past.get_seq_length() > 0:
+        past = cache_of(kwargs)
+        if made_from is not None and made_from == self.now.made_from and past is not None and past.get_seq_length() > 0:
             return
         parameter = next(iter(self.layer.prefix_input.values()))
         accepted = inspect.signature(module.forward).parameters
@@ -277,18 +274,18 @@ class Front:
         if "use_cache" in accepted:
             inputs["use_cache"] = False
         was_training = [part for part in module.modules() if part.training]
-        self.keys, self.made_from = {}, None
-        self.alone = self.layer.rows(parameter)[None]
+        self.now.keys, self.now.made_from = {}, None
+        self.now.alone = self.layer.rows(parameter)[None]
         try:
             # One draw of dropout would be shared by the whole batch.
             for part in was_training:
                 part.training = False
             module(**inputs)
         finally:
-            self.alone = None
+            self.now.alone = None
             for part in was_training:
                 part.training = True
-        self.made_from = made_from
+        self.now.made_from = made_from
 
     def _made_from(self) -> Any:
         rows = [self.layer.prefix_input[name] for name in self.layer.active_prefixes()]
@@ -298,8 +295,9 @@ class Front:
 
     def _forget(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Keep nothing but what the next step of generation needs, whose cache was computed behind the same rows."""
-        if self.alone is None and (self.made_from is None or getattr(output, "past_key_values", None) is None):
-            self.keys, self.made_from = {}, None
+        cached = isinstance(output, Mapping) and cache_of(output) is not None
+        if self.now.alone is None and (self.now.made_from is None or not cached):
+            self.now.keys, self.now.made_from = {}, None
 
 
 def _widen(mask: Tensor, P: int, S: int, causal: bool) -> Tensor:

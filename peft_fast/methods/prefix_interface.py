@@ -1,9 +1,10 @@
 """Prefixes in front of the attention of transformers' models, through transformers' attention interface.
 
-An attention module looks its function up by the name in its config. Here one function is registered for each of
-transformers' own "eager" and "sdpa", with the same masks: a module with an active prefix gets `prefix_attention`, every
-other call goes to the function that the name stands for. No module is replaced and no cache is touched, so that
-positions, masks and lengths stay those of the base model.
+An attention module looks its function up by the name in its config. Under "sdpa" a function of this file takes the
+place of transformers' own: a module with an active prefix gets `prefix_attention`, every other call goes to the
+function that stood there. The name stays, since models branch on it. "eager" stands for another function in each
+model's file, and a user may have a function under "sdpa": those configs get a name of this package, with the same
+masks. No module is replaced and no cache is touched, so that positions, masks and lengths stay those of the base model.
 """
 
 import inspect
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging
 
 from peft_fast import support
@@ -27,8 +29,11 @@ FRONT = "_input_prefix"
 # The keyword under which a caller hands attention modules a prefix for one forward: a function of the module.
 GIVEN = "peft_fast_prefix"
 NAMES = {"eager": "peft_fast_prefix_eager", "sdpa": "peft_fast_prefix_sdpa"}
+# The functions that this file's may stand in front of under "sdpa": they are known not to call it in turn.
+FOLLOWERS: list[Callable] = [sdpa_attention_forward]
 _logger = logging.get_logger(__name__)
 _eager_functions: dict[type, Callable] = {}
+_behind: Callable = sdpa_attention_forward
 
 
 def dispatches(module: nn.Module) -> bool:
@@ -47,23 +52,57 @@ class Switch:
 
     def __init__(self, model: nn.Module) -> None:
         self.configs = list(configs(model))
-        self.before = [config._attn_implementation for config in self.configs]
+        self.chosen = [config._attn_implementation for config in self.configs]
+        self.named = list(self.chosen)
         self.handle = model.register_forward_pre_hook(self)
         self()
 
     def __call__(self, *args: Any) -> None:
         for i, config in enumerate(self.configs):
-            name = config._attn_implementation
-            if name not in NAMES.values():
-                self.before[i] = name
-                # The public setter would also change the configs of the model's other parts.
-                config._attn_implementation_internal = NAMES["eager" if name == "eager" else "sdpa"]
+            if config._attn_implementation != self.named[i]:
+                self.chosen[i] = config._attn_implementation
+            self.named[i] = name_for(self.chosen[i])
+            # The public setter would also change the configs of the model's other parts.
+            config._attn_implementation_internal = self.named[i]
 
     def off(self) -> None:
         self.handle.remove()
-        for config, before in zip(self.configs, self.before, strict=True):
-            if config._attn_implementation in NAMES.values():
-                config._attn_implementation_internal = before
+        for config, chosen, named in zip(self.configs, self.chosen, self.named, strict=True):
+            if config._attn_implementation == named:
+                config._attn_implementation_internal = chosen
+
+
+def name_for(implementation: str) -> str:
+    """The name under which a config that says `implementation` reaches this file's functions."""
+    global _behind
+    if implementation == "eager":
+        return NAMES["eager"]
+    found = AttentionInterface()["sdpa"]
+    if found in FOLLOWERS:
+        _behind = found
+        AttentionInterface.register("sdpa", _in_front)
+    return "sdpa" if found in (_in_front, *FOLLOWERS) else NAMES["sdpa"]
+
+
+def behind() -> Callable:
+    """What "sdpa" stands for where there is no prefix."""
+    found = AttentionInterface()["sdpa"]
+    return _behind if found is _in_front else found
+
+
+def put_behind(function: Callable) -> None:
+    """Let "sdpa" stand for one of `FOLLOWERS` where there is no prefix."""
+    global _behind
+    if AttentionInterface()["sdpa"] is _in_front:
+        _behind = function
+    else:
+        AttentionInterface.register("sdpa", function)
+
+
+def cache_of(given: Any) -> Any:
+    """The cache among the arguments or the results of a model: `cache` from transformers 5.24 on."""
+    found = (given.get(name) for name in ("cache", "past_key_values"))
+    return next((cache for cache in found if cache is not None), None)
 
 
 def configs(model: nn.Module) -> Iterator[Any]:
@@ -82,6 +121,7 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention function: query (Z, H, S, DH), key and value (Z, H_KV, T, DH) to y (Z, S, H, DH)."""
@@ -101,11 +141,15 @@ def _attention(
         if implementation == "eager" and getattr(module, "reorder_and_upcast_attn", False):
             # GPT-2 asks for the name "eager" itself.
             return module._upcast_and_reordered_attn(query, key, value, attention_mask)  # type: ignore[operator]
-        stock = _eager_function(type(module)) if implementation == "eager" else AttentionInterface()["sdpa"]
-        y, weights = stock(module, query, key, value, attention_mask, **kwargs)
+        stock = _eager_function(type(module)) if implementation == "eager" else behind()
+        y, weights = stock(module, query, key, value, attention_mask, *args, **kwargs)
         return y, weights if front is None or not front.layer.length() else None
-    y = _with_prefix(implementation, module, prefix, query, key, value, attention_mask, **kwargs)
+    y = _with_prefix(implementation, module, prefix, query, key, value, attention_mask, *args, **kwargs)
     return y.transpose(1, 2).contiguous(), None
+
+
+def _in_front(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    return _attention("sdpa", *args, **kwargs)
 
 
 def _with_prefix(

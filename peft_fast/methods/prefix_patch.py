@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from peft_fast.methods.prefix_interface import CHILD, GIVEN, NAMES, configs, dispatches
+from peft_fast.methods.prefix_interface import CHILD, GIVEN, NAMES, configs, dispatches, name_for
 from peft_fast.methods.prefix_targets import side
-from peft_fast.support import STOCK_CALL
+from peft_fast.support import STOCK_CALL, wraps
 
 _NAMED = {name: implementation for implementation, name in NAMES.items()}
 _TO_CONFIG = "train a peft_fast.PrefixConfig instead, which is right there"
@@ -204,7 +204,10 @@ PATCHED = {patched: stock for stock, patched in PATCHES.items()}
 
 def is_prefix_model(module: nn.Module) -> bool:
     """Whether a module is a model of peft's prefix tuning."""
-    return isinstance(module, peft.PeftModel) and module.active_peft_config.peft_type == PeftType.PREFIX_TUNING
+    if not isinstance(module, peft.PeftModel) or not isinstance(module.active_adapter, str):
+        return False
+    config = module.peft_config.get(module.active_adapter)  # its only adapter may have been deleted
+    return config is not None and config.peft_type == PeftType.PREFIX_TUNING
 
 
 def swap(model: Any) -> None:
@@ -218,7 +221,7 @@ def swap_back(model: Any) -> None:
         _drop_leftover(model)
         model.__class__ = PATCHED[type(model)]
         model.__dict__.pop(STOCK_CALL, None)
-        for config in configs(model.get_base_model()):
+        for config in configs(model.base_model):
             if (name := config._attn_implementation) in _NAMED:
                 config._attn_implementation_internal = _NAMED[name]
 
@@ -269,7 +272,7 @@ def why_stock(model: Any) -> str:
     if type(model) not in PATCHED and type(model) not in PATCHES:
         return f"no fused forward for {type(model).__name__}, which does not use the prefix in every forward"
     forward = model.__dict__.get("forward")
-    if forward is not None and getattr(forward, "__func__", None) is not type(model).forward:
+    if forward is not None and not (wraps(forward, type(model).forward) or wraps(forward, _Fused.forward)):
         return "forward is set on the instance (a disabled adapter?)"
     for other in facts.configs:
         if (name := other._attn_implementation) not in NAMES and name not in _NAMED:
@@ -300,7 +303,7 @@ def _why_wrong(base: Any, kinds: tuple[Any, ...]) -> str:
 def _why_not_model(model: Any, base: Any) -> str:
     backbone = getattr(base, getattr(model, "transformer_backbone_name", ""), base)
     parts = {part: inspect.signature(part.forward).parameters for part in (base, backbone)}
-    if not any("past_key_values" in parameters for parameters in parts.values()):
+    if not any("past_key_values" in parameters or "cache" in parameters for parameters in parts.values()):
         return f"peft's prefix tuning refuses {type(base).__name__}: {_TO_CONFIG}"
     for part, parameters in parts.items():
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -328,7 +331,7 @@ def _why_not_call(model: Any, kwargs: dict[str, Any]) -> str:
     for config in _facts_of(model).configs:
         # Only here, since a checkpointed layer reads it again in backward; `swap_back` undoes it.
         if config._attn_implementation in NAMES:
-            config._attn_implementation_internal = NAMES[config._attn_implementation]
+            config._attn_implementation_internal = name_for(config._attn_implementation)
     asked = kwargs.get("output_attentions")
     if asked or (asked is None and getattr(model.base_model.config, "output_attentions", False)):
         return "last call: attention weights were asked for"

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from peft_fast.methods.prefix_interface import cache_of
+
 _LEARNED = ("position_embeddings", "wpe", "embed_positions")
 
 
@@ -65,7 +67,7 @@ class _FromMask:
             return None
         tokens = given.get("input_ids")
         S = (given["inputs_embeds"] if tokens is None else tokens).shape[1]
-        past = given.get("past_key_values")
+        past = cache_of(given)
         start = 0 if past is None else past.get_seq_length()
         padding = mask.long().argmax(1, keepdim=True)
         positions = (torch.arange(S, device=mask.device) + start - padding).clamp(min=0)

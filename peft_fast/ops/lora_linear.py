@@ -296,8 +296,8 @@ def lora_linear(
             quantised to 2^-16. Pass 0 outside training.
         seed: one int64 on x's device that the mask is made from; drawn from torch's generator where not given.
 
-    Returns y (..., N) in x's dtype. Under autocast everything is cast to autocast's dtype first, as a linear layer
-    is. The mask is made again in backward, never stored. Gradients flow to x, lora_a, lora_b and bias.
+    Returns y (..., N) in x's dtype. Under autocast everything but float64 is cast to autocast's dtype first, as in a
+    linear layer. The mask is made again in backward, never stored. Gradients flow to x, lora_a, lora_b and bias.
 
     Raises ValueError where shapes, dtypes or devices do not fit, where weight requires grad or dropout_p is out of
     range, NotImplementedError where an explicit `backend` cannot serve.
@@ -319,7 +319,8 @@ def apply_lora_linear(
 ) -> Tensor:
     """`lora_linear` for arguments that are known to fit: what patched layers call."""
     backend = backend or support.current_backend(lora_a)
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
+    if autocast and x.dtype is not torch.float64:  # which autocast leaves as it is
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, lora_a, lora_b = (tensor.to(dtype) for tensor in (x, weight, lora_a, lora_b))
         bias = bias if bias is None else bias.to(dtype)

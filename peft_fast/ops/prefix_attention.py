@@ -161,8 +161,10 @@ def _fake_fwd(query, key, value, prefix_key, prefix_value, attn_mask, gate, *arg
 
 @torch.library.register_fake("peft_fast::prefix_attention_bwd", lib=LIBRARY)
 def _fake_bwd(dy, *args):
-    tensors, needs = dict(zip(INPUTS, args, strict=False)), args[-2]
-    return [torch.empty_like(tensors[name]) for name in needs]
+    tensors, (needs, plan) = dict(zip(INPUTS, args, strict=False)), args[-2:]
+    # The kernels lay gradients out as they lay y out, whatever the inputs' layout is.
+    laid_out = () if plan == "eager" else ("query", "key", "value")
+    return [(empty_y if name in laid_out else torch.empty_like)(tensors[name]) for name in needs]
 
 
 @torch.library.register_fake("peft_fast::attention_dropout_mask", lib=LIBRARY)
