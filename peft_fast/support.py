@@ -226,13 +226,16 @@ def fusable_lora(layer: lora.Linear, x: Tensor | None = None) -> LoraCall | str:
             return f"forward is set on the instance of {type(module).__name__} inside the layer"
     if _has_global_hooks(layer):
         return _GLOBAL_HOOKS
-    weight, bias, a, b = (
-        _parameter(base, "weight"),
-        _parameter(base, "bias"),
-        _parameter(lora_a, "weight"),
-        _parameter(lora_b, "weight"),
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    a, b, b_bias = (
+        lora_a._parameters.get("weight"),
+        lora_b._parameters.get("weight"),
+        lora_b._parameters.get("bias"),
     )
-    if _parameter(lora_b, "bias") is not None:
+    if weight is None:  # a replica of `nn.DataParallel` has tensors among its attributes
+        weight, bias = base.__dict__.get("weight"), base.__dict__.get("bias")
+        a, b, b_bias = lora_a.__dict__.get("weight"), lora_b.__dict__.get("weight"), lora_b.__dict__.get("bias")
+    if b_bias is not None:
         return "lora_bias is not fused"
     for tensor in (weight, a, b, weight if bias is None else bias):
         if type(tensor) not in PLAIN_TENSORS:
@@ -257,12 +260,6 @@ def fusable_lora(layer: lora.Linear, x: Tensor | None = None) -> LoraCall | str:
     if x is not None and (reason := _why_not_input(layer, x, matrix, a, dropout_p, backend)):
         return f"last call: {reason}"
     return matrix, a, b, bias, scaling, dropout_p
-
-
-def _parameter(module: nn.Module, name: str) -> Any:
-    """A parameter; in a replica of `nn.DataParallel` it is a tensor among the attributes."""
-    parameter = module._parameters.get(name)
-    return module.__dict__.get(name) if parameter is None else parameter
 
 
 def _why_not_on_device(weight: Tensor, a: Tensor, b: Tensor, backend: str) -> str | None:
@@ -300,6 +297,9 @@ def _why_not_input(
         if not layer.cast_input_dtype_enabled:
             return "casting of the input is switched off"
     if x.is_cpu and weight.is_cpu:
+        meets = torch.get_autocast_dtype("cpu") if autocast else factor_dtype
+        if meets is torch.bfloat16 and not dropout_p and backend == "auto":
+            return "bfloat16 factors without dropout gain nothing on the CPU"
         return None
     if x.device != weight.device:
         return f"the input is on {x.device}, the layer on {weight.device}"

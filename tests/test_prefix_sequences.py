@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES, TASKS, VOCABULARY, build
 from peft import get_peft_model
 from prefix_models import ROTARY, P, data, logits, prefix_layers, prefixed
@@ -16,12 +17,8 @@ from transformers import (
     DynamicCache,
     EncoderDecoderConfig,
     EncoderDecoderModel,
-    Gemma4ForCausalLM,
-    Gemma4TextConfig,
     LlamaConfig,
     LlamaForSequenceClassification,
-    MiniMaxM3VLForCausalLM,
-    MiniMaxM3VLTextConfig,
     StaticCache,
     WhisperConfig,
     WhisperForConditionalGeneration,
@@ -340,7 +337,9 @@ def gemma4():
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "global_head_dim": 8}
     layers = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "num_kv_shared_layers": 2}
     embeddings = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 50, "pad_token_id": 0}
-    return Gemma4ForCausalLM(Gemma4TextConfig(**sizes, **layers, **embeddings, layer_types=["full_attention"] * 4))
+    return transformers.Gemma4ForCausalLM(
+        transformers.Gemma4TextConfig(**sizes, **layers, **embeddings, layer_types=["full_attention"] * 4)
+    )
 
 
 def minimax():
@@ -354,7 +353,9 @@ def minimax():
     index = {"index_n_heads": 2, "index_head_dim": 16, "index_block_size": 8, "index_topk_blocks": 2}
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "shared_intermediate_size": 32}
     kinds = {"layer_types": ["minimax_m3_sparse"] * 2, "mlp_layer_types": ["dense"] * 2}
-    model = MiniMaxM3VLForCausalLM(MiniMaxM3VLTextConfig(**sizes, **layers, **experts, **index, **tokens, **kinds))
+    model = transformers.MiniMaxM3VLForCausalLM(
+        transformers.MiniMaxM3VLTextConfig(**sizes, **layers, **experts, **index, **tokens, **kinds)
+    )
     for parameter in model.parameters():
         if parameter.dim() > 1:  # as they are, the model looks at no token but the last
             torch.nn.init.normal_(parameter, std=0.2)
