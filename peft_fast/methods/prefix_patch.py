@@ -55,9 +55,11 @@ class _HeldLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.prefix[0].shape[-2] + (0 if self.tokens is None else self.tokens[0].shape[-2])
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        # The first forward sees the tokens alone, behind the prefix's positions.
-        return (query_length, self.get_seq_length()) if self.tokens is None else super().get_mask_sizes(query_length)
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        if self.tokens is not None:
+            return super().get_mask_sizes(query_length)
+        # The first forward sees the tokens alone, behind the prefix's positions. In transformers 5.0 these are given.
+        return (len(query_length) if isinstance(query_length, Tensor) else query_length), self.get_seq_length()
 
     def __getattr__(self, name: str) -> Tensor:
         if name not in ("keys", "values") or "prefix" not in self.__dict__:
