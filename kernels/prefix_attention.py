@@ -129,6 +129,8 @@ def _tile(kernel: str, query: Tensor, BLOCK_D: int, mask: bool, softcap: bool, g
         rows, keys, warps = tiles.get(kind, tiles[None])
         if gate and (kernel, size, kind) in (("fwd", 128, "sm100"), ("fwd", 64, "sm90")):
             warps = 8
+        if gate and (kernel, size, kind) == ("dq", 128, "sm90") and precision(query.dtype) == "tf32":
+            warps = 16
         return Tile(rows, keys, 0, 0, warps, 1)
     rows, keys, warps, stages = _TILES[kernel][kind][size]
     if softcap or gate:
