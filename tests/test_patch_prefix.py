@@ -447,6 +447,14 @@ def test_what_runs_stock():
     base.config._attn_implementation_internal = "flash_attention_2"
     assert row(model).reason == "the attention implementation is 'flash_attention_2', not eager or sdpa"
     base.config._attn_implementation_internal = "sdpa"
+    given = {}
+    base.loss_function = lambda logits, labels, **kwargs: given.update(kwargs) or logits.sum()
+    output = model(**inputs)
+    assert torch.equal(output.loss, output.logits.sum())
+    assert "vocab_size" in given
+    assert "peft_fast_prefix" not in given
+    assert row(model).reason.startswith("last call: a loss function of your own")
+    del base._loss_function
     # A base model that keeps its keyword arguments to itself.
     attention = base.transformer.h[1].attn
     forward = attention.forward

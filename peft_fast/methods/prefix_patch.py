@@ -328,6 +328,9 @@ def _why_not_model(model: Any, base: Any) -> str:
 def _why_not_call(model: Any, kwargs: dict[str, Any]) -> str:
     if torch._C._get_tracing_state() is not None:
         return "last call: torch.jit is tracing"
+    loss = model.base_model.__dict__.get("_loss_function")
+    if loss is not None and getattr(loss, "__module__", "").partition(".")[0] != "transformers":
+        return "last call: a loss function of your own, which the prefix would reach as a keyword argument"
     if model.__dict__.get(STOCK_CALL) == _NOT_HANDED_ON:
         return _NOT_HANDED_ON
     for config in _facts_of(model).configs:
