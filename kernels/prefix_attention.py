@@ -134,8 +134,10 @@ def _tile(kernel: str, query: Tensor, BLOCK_D: int, mask: bool, softcap: bool, g
         return Tile(rows, keys, 0, 0, warps, 1)
     rows, keys, warps, stages = _TILES[kernel][kind][size]
     if softcap or gate:
-        if gate and kind == "sm80" and (kernel, BLOCK_D) == ("dq", 256):
+        if gate and kind in ("sm80", "gfx9") and (kernel, BLOCK_D) == ("dq", 256):
             rows = 16
+        elif gate and kind == "gfx9" and (kernel, BLOCK_D) == ("dkv", 128):
+            warps = 4
         elif kind in ("sm90", "sm100") and (kernel, BLOCK_D) in (("dq", 256), ("dkv", 128)):
             rows, keys, warps = 32, 32 if kind == "sm100" else 64, 8
         elif kind == "sm90" and (kernel, BLOCK_D) == ("dq", 128):
