@@ -102,17 +102,17 @@ _FP32_TILES: dict[str, dict[int, dict[str | None, tuple[int, int, int]]]] = {
         256: {None: (16, 32, 8)},
     },
     "dq gate": {
-        64: {None: (16, 32, 8), "sm90": (32, 32, 4)},
-        128: {None: (16, 32, 16), "sm90": (16, 32, 8), "gfx9": (16, 32, 8)},
+        64: {None: (16, 32, 8), "sm86": (16, 32, 16), "sm90": (32, 32, 4)},
+        128: {None: (16, 32, 16), "sm90": (16, 32, 8), "sm100": (16, 32, 8), "gfx9": (16, 32, 8)},
         256: {None: (16, 32, 8)},
     },
     "dkv": {
-        64: {None: (32, 32, 8), "sm80": (16, 32, 8), "sm90": (32, 32, 16)},
+        64: {None: (16, 32, 8), "sm90": (32, 32, 16), "gfx9": (32, 32, 8)},
         128: {None: (16, 32, 16), "sm90": (16, 32, 8), "gfx9": (16, 32, 8)},
         256: {None: (16, 32, 8)},
     },
     "dkv gate": {
-        64: {None: (32, 32, 8)},
+        64: {None: (32, 32, 8), "sm100": (16, 32, 8)},
         128: {None: (16, 32, 16), "gfx9": (16, 32, 8)},
         256: {None: (16, 32, 8)},
     },
@@ -129,8 +129,8 @@ def _tile(kernel: str, query: Tensor, BLOCK_D: int, mask: bool, softcap: bool, g
         rows, keys, warps = tiles.get(kind, tiles[None])
         if gate and (kernel, size, kind) in (("fwd", 128, "sm100"), ("fwd", 64, "sm90")):
             warps = 8
-        if gate and (kernel, size, kind) == ("dq", 128, "sm90") and precision(query.dtype) == "tf32":
-            warps = 16
+        if gate and size == 128 and precision(query.dtype) == "tf32":
+            warps = {("dq", "sm90"): 16, ("fwd", "sm86"): 8}.get((kernel, kind), warps)
         return Tile(rows, keys, 0, 0, warps, 1)
     rows, keys, warps, stages = _TILES[kernel][kind][size]
     if softcap or gate:
