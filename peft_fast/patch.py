@@ -156,7 +156,8 @@ def swap(module: Any) -> None:
 
 def unpatch(model: nn.Module) -> None:
     """Give every patched module of `model` its stock class back: the exact undo of `patch`."""
-    for module in _modules(model):
+    check_model(model)
+    for module in model.modules():
         if type(module) in prefix_patch.PATCHED or _is_prefix(module):
             prefix_patch.swap_back(module)
         elif patch_attention.is_swapped(module):
@@ -202,16 +203,15 @@ def _dropouts(model: nn.Module) -> list[nn.Module]:
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    _modules(model)
+    check_model(model)
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) or _is_prefix(module):
             yield name or "(model)", module
 
 
-def _modules(model: nn.Module) -> Iterator[nn.Module]:
+def check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected what get_peft_model returned, got {type(model).__name__}")
-    return model.modules()
 
 
 def is_patched(module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_fast.patch import is_patched, patch, report, swap, unpatch
+from peft_fast.patch import check_model, is_patched, patch, report, swap, unpatch
 from peft_fast.support import STOCK_CALL
 from peft_fast.testing import error_budget, largest_error, saved_bytes
 
@@ -112,8 +112,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any], *, steps: int = 5) -> Ver
     Raises ValueError where the model has nothing to patch, returns no loss, or cannot run in the wider dtype, where the
     batch is no mapping, and where steps are fewer than 1.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: expected what get_peft_model returned, got {type(model).__name__}")
+    check_model(model)
     if not isinstance(batch, Mapping):
         raise ValueError(f"batch: expected the keyword arguments of the model's forward, got {type(batch).__name__}")
     if steps < 1:

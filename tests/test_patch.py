@@ -139,8 +139,8 @@ def test_fp32_adapters_over_a_bf16_base(autocast):
     assert torch.allclose(actual["loss"], expected["loss"], rtol=2e-2)
 
 
-# Stock's skinny products run in bf16 too, and ours in fp32: without dropout, which is what stock is slow at, that costs
-# a third of a step. No choice of "auto" means no fallback.
+# Stock's skinny products run in bf16 too, and ours in fp32: without dropout, which is what stock is slow at, a step of
+# a layer of 768 by 768 took a third longer. An explicit choice never falls back.
 @pytest.mark.parametrize("factors", ["autocast", "bf16"])
 @pytest.mark.parametrize(
     ("p", "backend", "state"), [(0.0, "auto", "stock"), (0.1, "auto", "fused"), (0.0, "eager", "fused")]

@@ -344,11 +344,7 @@ def gemma4():
 
 def minimax():
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "head_dim": 16, "rotary_dim": 8}
-    layers = {
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "dense_intermediate_size": 32}
     index = {"index_n_heads": 2, "index_head_dim": 16, "index_block_size": 8, "index_topk_blocks": 2}
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "shared_intermediate_size": 32}

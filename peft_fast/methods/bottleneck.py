@@ -138,19 +138,23 @@ class BottleneckConfig(PeftConfig):
             raise ValueError(f'source_module: style "houlsby" has none, got {self.source_module!r}')
 
 
+class _Received(PerThread):
+    x: Tensor | None = None
+
+
 class _Source:
     """Keeps what a module of the model receives until the adapter beside it has read it."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.of_thread = PerThread()  # the replicas of `nn.DataParallel` share this object too
+        self.received = _Received()  # the replicas of `nn.DataParallel` share this object too
         self.handle = module.register_forward_pre_hook(self, with_kwargs=True)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.of_thread.received = args[0] if args else next(iter(kwargs.values()))
+        self.received.x = args[0] if args else next(iter(kwargs.values()))
 
     def take(self) -> Tensor | None:
-        received, self.of_thread.received = self.of_thread.received, None
-        return received
+        x, self.received.x = self.received.x, None
+        return x
 
 
 class BottleneckLayer(nn.Module, BaseTunerLayer):

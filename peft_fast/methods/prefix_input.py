@@ -130,15 +130,23 @@ def find_stack(model: nn.Module) -> Stack:
     return Stack(f"{name}.0", width, causal, owner, blocks[0], blocks[-1], attention, checkpointing)
 
 
+class _Now(PerThread):
+    """Of the forward of a causal model."""
+
+    # Keys and values (1, H_KV, P, DH) of the rows by attention module, and the parameters that they were made from.
+    keys: dict[nn.Module, tuple[Tensor, Tensor]] | None = None
+    made_from: Any = None
+    # While not None: the stack runs on the rows alone, and fills `keys`.
+    alone: Tensor | None = None
+
+
 class Front:
     """Puts the rows of an `InputLayer` in front of a model's sequences, until `off`."""
 
     def __init__(self, stack: Stack, layer: InputLayer) -> None:
         self.stack = stack
         self.layer = layer
-        # Causal: while a forward runs, `keys` has keys and values (1, H_KV, P, DH) of the rows by attention module,
-        # from the parameters `made_from`. While `alone` is not None, the stack runs on the rows alone and fills `keys`.
-        self.now = PerThread()
+        self.now = _Now()
         for module in stack.attention:
             setattr(module, FRONT, self)
         self.handles = [
