@@ -16,6 +16,7 @@ from prefix_models import P, save
 from torch import nn
 
 import peft_fast
+from peft_fast.methods.prefix_patch import _HeldLayer
 from peft_fast.testing import saved_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -468,3 +469,9 @@ def test_what_runs_stock():
     sizes = {"num_layers": 2, "token_dim": 32, "num_attention_heads": 4}
     refused = peft_fast.patch(tuned("distilbert", **sizes)).rows[0].reason
     assert refused.startswith("peft's prefix tuning refuses DistilBertForSequenceClassification: train a ")
+
+
+def test_mask_sizes_of_lengths_and_of_positions():
+    """transformers 5.0 gives the positions of the queries, later ones their number."""
+    layer = _HeldLayer(*torch.zeros(2, 1, 2, P, 8), batch_size=2)
+    assert layer.get_mask_sizes(7) == layer.get_mask_sizes(P + torch.arange(7)) == (7, P)

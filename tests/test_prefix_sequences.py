@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from peft_fast import PrefixConfig
-from peft_fast.methods.prefix_interface import name_for
+from peft_fast.methods.prefix_interface import cache_of, name_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CAUSAL = [family for family, task in TASKS.items() if task == "CAUSAL_LM"]
@@ -376,3 +376,11 @@ def test_models_that_branch_on_the_name_of_their_attention(make, options):
         torch.testing.assert_close(model(ids, **options).logits, expected, rtol=1e-4, atol=1e-4)
         with model.disable_adapter():
             assert torch.equal(model(ids, **options).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_goes_by_two_names(name):
+    """transformers 5.24 calls it `cache`."""
+    assert cache_of({name: "there", "other": None}) == "there"
+    assert cache_of({name: None}) is None
+    assert cache_of({}) is None
