@@ -44,7 +44,7 @@ class VerifyReport:
     `seconds` is the median time of a training step, `saved_bytes` what autograd holds from its forward to its backward
     beside the model's own tensors, `peak_bytes` what the step allocates at its peak on a CUDA device, elsewhere None.
     `fused` is how many adapter layers ran fused where results were compared, and how many there are; `fused_in_steps`
-    how many did in the timed steps, where dropout may leave small calls to stock.
+    how many did in the timed steps, whose dropout may change what gains.
     `missing` names what stock gives and the patched model does not, `untrained` the parameters that require grad and
     get none from either.
     """

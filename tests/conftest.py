@@ -38,6 +38,8 @@ os.environ["PEFT_FAST_TUNE"] = "0"
 # `poisoned_empty` stands in for some of them: they would act on the CPU in all later tests.
 _device_constructors()
 
+from peft_fast import support  # noqa: E402, with Triton's mode chosen
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 
@@ -54,6 +56,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def small_lora_calls_are_fused(monkeypatch):
+    """As the large ones that the small ones of tests stand for; on the CPU they would be torch's usual calls."""
+    monkeypatch.setattr(support, "MIN_CPU_ELEMENTS", 0)
+    monkeypatch.setattr(support, "MIN_CPU_DROPOUT_ELEMENTS", 0)
 
 
 @pytest.fixture(autouse=True)

@@ -87,3 +87,29 @@ def test_gradients_of_the_factors_are_dense(R, dropout_p):
     leaves = [inputs.lora_a.requires_grad_(), inputs.lora_b.requires_grad_()]
     y = lora_linear(inputs.x, inputs.weight, *leaves, dropout_p=dropout_p)
     assert all(gradient.is_contiguous() for gradient in torch.autograd.grad(y, leaves, inputs.dy))
+
+
+@pytest.mark.parametrize("intel", [False, True])
+@pytest.mark.parametrize("R", [8, 48])
+def test_products_of_tall_matrices_on_either_vendors_cpu(R, intel, monkeypatch):
+    monkeypatch.setattr(matmul, "is_intel", lambda: intel)
+    draw = torch.Generator().manual_seed(0)
+    s, x = torch.randn(512, R, generator=draw), torch.randn(512, 384, generator=draw)
+    assert_within_budget(matmul.tall_mm(s, x, ""), s.double().t() @ x.double(), s.t() @ x, length=512)
+
+
+@pytest.mark.parametrize(("text", "intel"), [("vendor_id : GenuineIntel", True), ("vendor_id : AuthenticAMD", False)])
+def test_the_vendor_of_the_cpu(text, intel, monkeypatch):
+    ask = matmul.is_intel.__wrapped__
+    monkeypatch.setattr(matmul.Path, "read_text", lambda self: text)
+    assert ask() is intel
+    monkeypatch.setattr(matmul.Path, "read_text", lambda self: (_ for _ in ()).throw(FileNotFoundError()))
+    monkeypatch.setattr(matmul.platform, "processor", lambda: f"Family 6, {text}")
+    assert ask() is intel
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch has no MKL")
+@pytest.mark.parametrize("intel", [False, True])
+def test_one_dnn_is_for_cpus_that_mkl_was_not_written_for(intel, monkeypatch):
+    monkeypatch.setattr(matmul, "is_intel", lambda: intel)
+    assert matmul._has_one_dnn.__wrapped__() is not intel

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peft_fast
 from bottleneck_calls import BACKENDS, NORMS, SEED, forward_backward
-from peft_fast import eager, reference
+from peft_fast import eager, reference, support
 from peft_fast.ops import bottleneck_adapter
 from peft_fast.ops.bottleneck_adapter import _is_usual_call
 from peft_fast.testing import BottleneckAdapterInputs, assert_within_budget, bottleneck_adapter_inputs
@@ -328,6 +328,21 @@ def test_a_small_call_is_the_usual_calls(norms, dropout_p):
     assert torch.equal(y, expected)
     assert all(map(torch.equal, grads, torch.autograd.grad(expected, leaves, inputs.dy)))
     assert y.grad_fn.name() != "_BottleneckAdapterBackward"
+
+
+@pytest.mark.parametrize("norms", NORMS)
+def test_large_calls_are_ours_where_there_is_something_to_make_again(norms):
+    """With dropout or a LayerNorm on x: without them the usual calls keep as little, and are as fast."""
+    inputs = bottleneck_adapter_inputs(1024, 128, 4, **NORMS[norms])
+    inputs.x.requires_grad_()
+    assert inputs.x.numel() >= support.MIN_CPU_ADAPTER_ELEMENTS
+
+    def is_ours(dropout_p: float) -> bool:
+        y = bottleneck_adapter(inputs.x, residual=inputs.x, **inputs.parameters, dropout_p=dropout_p)
+        return y.grad_fn.name() == "_BottleneckAdapterBackward"
+
+    assert is_ours(0.1)
+    assert is_ours(0.0) == bool(NORMS[norms].get("norm_before"))
 
 
 @pytest.mark.parametrize("factors", [torch.bfloat16, torch.float32, torch.float16])

@@ -8,7 +8,9 @@ from torch.utils.checkpoint import checkpoint
 
 import peft_fast
 from peft_fast import reference
+from peft_fast.eager.prefix_attention import Options
 from peft_fast.ops import prefix_attention
+from peft_fast.ops.prefix_attention import _choose_plan
 from peft_fast.testing import prefix_attention_inputs
 
 BACKENDS = ["eager", "triton"]
@@ -54,7 +56,7 @@ OPTIONS = [{}, {"is_causal": True, "dropout_p": 0.2}, {"softcap": 2.0, "sliding_
 # Keys and values lie (Z, T, H_KV, DH), as a projection leaves them, or (Z, H_KV, T, DH), as a cache does.
 @pytest.mark.parametrize("layout", ["projected", "cached"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
 def test_opcheck(backend, options, layout):
     inputs = prefix_attention_inputs(2, 4, 2, 16, 18, 3, 16, gate="softcap" in options)
     leaves = inputs.leaves()
@@ -68,7 +70,7 @@ def test_opcheck(backend, options, layout):
     window, cap = options.get("sliding_window"), options.get("softcap")
     rules = [threshold, seed, options.get("is_causal", False), window, cap, 0.25]
     torch.library.opcheck(torch.ops.peft_fast.prefix_attention, (*tensors, *rules, backend))
-    plan = "eager" if backend == "eager" else "split"
+    plan = _choose_plan(tensors, Options(*rules), backend)
     plain = [None if tensor is None else tensor.detach() for tensor in tensors]
     torch.library.opcheck(torch.ops.peft_fast.prefix_attention_fwd, (*plain, *rules, plan))
     _, *lse = results = torch.ops.peft_fast.prefix_attention_fwd(*plain, *rules, plan)

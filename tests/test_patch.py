@@ -22,6 +22,7 @@ from models import (
     patched_copy,
     states,
 )
+from peft_fast import support
 from peft_fast.testing import saved_bytes
 
 
@@ -55,6 +56,43 @@ def test_fused_layers_do_call_the_op(monkeypatch):
     model = patched_copy(lora_model())
     model(**batch())
     assert len(calls) == len(lora_layers(model)) == 12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16-fp32"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_small_calls_compute_what_stock_does_to_the_bit(name, dropout_p, dtype, monkeypatch):
+    """With stock's own random numbers."""
+    monkeypatch.setattr(support, "MIN_CPU_ELEMENTS", 1 << 17)
+    monkeypatch.setattr(support, "MIN_CPU_DROPOUT_ELEMENTS", 1 << 15)
+    stock = lora_model(name, base=None, dtype=dtype, lora_dropout=dropout_p)
+    patched = patched_copy(stock)
+    results = []
+    for model in (stock, patched):
+        torch.manual_seed(5)
+        results.append(loss_and_gradients(model, batch(name)))
+    expected, actual = results
+    assert states(patched) == {"fused"}
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize(("rows", "dropout_p", "small"), [(511, 0.0, True), (512, 0.0, False), (127, 0.5, True)])
+def test_which_calls_are_small(rows, dropout_p, small, monkeypatch):
+    """By the larger activation without dropout, which is y here; by x with it."""
+    monkeypatch.setattr(support, "MIN_CPU_ELEMENTS", 1 << 15)
+    monkeypatch.setattr(support, "MIN_CPU_DROPOUT_ELEMENTS", 1 << 12)
+    model = lora_model(lora_dropout=dropout_p)
+    layer = next(layer for layer in lora_layers(patched_copy(model)) if layer.out_features == 64)
+    assert layer.in_features == 32
+    called, own = [], peft_fast.eager.lora_fwd
+    monkeypatch.setattr(peft_fast.eager, "lora_fwd", lambda *args, **names: called.append(1) or own(*args, **names))
+    layer(torch.randn(rows, 32))
+    assert bool(called) is not small
+    with peft_fast.backend("eager"):
+        called.clear()
+        layer(torch.randn(rows, 32))
+        assert called
 
 
 def test_dropout_acts_in_training_alone_and_differs_between_layers():
@@ -347,14 +385,12 @@ class TestReport:
     def test_a_model_without_adapters_says_so(self):
         assert str(peft_fast.report(torch.nn.Linear(2, 2))) == "peft_fast: no adapter layers"
 
-    def test_a_call_too_small_is_reported_until_a_larger_one(self):
+    def test_a_call_that_ran_stock_is_reported_until_one_that_did_not(self):
         model = patched_copy(lora_model(lora_dropout=0.1))
         layer = lora_layers(model)[0]
+        layer(torch.randn(4, 32), adapter_names=["default"] * 4)
+        assert peft_fast.report(model).rows[0].reason == "last call: it had more arguments"
         layer(torch.randn(4, 32))
-        assert peft_fast.report(model).rows[0].reason == (
-            "last call: too small to gain with dropout, which takes an input of 32768 elements"
-        )
-        layer(torch.randn(1024, 32))
         assert peft_fast.report(model).rows[0].state == "fused"
 
     def test_strict_leaves_the_model_untouched(self):

@@ -54,12 +54,12 @@ def test_what_ran_stock_is_not_called_fused():
     assert report.fused == (len(lora_layers(model)) - 1, len(lora_layers(model)))
 
 
-def test_small_calls_with_dropout_run_stock_in_a_step():
-    """What is compared drops nothing, and is fused."""
-    report = peft_fast.verify(lora_model(lora_dropout=0.1), batch("bert"), steps=1)
-    assert report.fused[0] == report.fused[1] > 2
-    assert report.fused_in_steps == 0
-    assert f"0 of {report.fused[1]} layers fused in it" in str(report)
+def test_a_step_may_run_fused_what_is_compared_as_stock():
+    """What is compared drops nothing; bf16 factors gain with dropout alone."""
+    report = peft_fast.verify(lora_model(lora_dropout=0.1).bfloat16(), batch("bert"), steps=1)
+    assert report.fused[0] == 0
+    assert report.fused_in_steps == report.fused[1] > 2
+    assert f"{report.fused[1]} of {report.fused[1]} layers fused in it" in str(report)
 
 
 def test_a_prefix_model_of_peft():
@@ -139,7 +139,7 @@ def test_nothing_to_patch():
 
 
 def test_what_the_report_knows_stays():
-    model = lora_model(lora_dropout=0.1)
+    model = lora_model().bfloat16()
     peft_fast.patch(model)
     model(**batch("bert"))
     before = peft_fast.report(model)

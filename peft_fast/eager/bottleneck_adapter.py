@@ -173,7 +173,8 @@ def adapter_bwd(
             add_sum("norm_before_weight", sides[0])
             add_sum("norm_before_bias", sides[1])
             if residual is x:
-                d = torch.add(d, skip, out=dx.rows(rows, dy, K) if dy.dtype is wide else None)
+                place = dx.rows(rows, dy, K) if dy.dtype is wide else None
+                d = _add(d, skip, traced) if place is None else torch.add(d, skip, out=place)
             dx.put(rows, cast(d, dy.dtype))
         elif "x" in needs:
             d = torch.addmm(skip, dz, down) if residual is x else torch.mm(dz, down)

@@ -86,7 +86,8 @@ def draw_seed(device: torch.device) -> Tensor:
 def draws_one_by_one() -> bool:
     """Whether this CPU's `F.dropout` takes a number from torch's generator for each element.
 
-    On Intel's CPUs torch takes one seed for MKL instead, which draws in parallel.
+    On CPUs that torch knows to be Intel's it takes one seed for MKL instead, which draws in parallel; in some virtual
+    machines it does not know.
     """
     few, many = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
     torch.empty(1, device="cpu").bernoulli_(0.5, generator=few)

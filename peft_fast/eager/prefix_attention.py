@@ -10,6 +10,7 @@ taken in blocks where they see different keys, and keys that no row of a block s
 work under a long causal mask, be it a flag or a tensor.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ CPU_LOGITS = 1 << 20
 OTHER_LOGITS = 1 << 26
 # Rows of a block, heads of the group counted, where blocks see different keys.
 BLOCK_ROWS = 128
-FEW = 16  # rows or columns
+FEW_ROWS, MANY_ROWS = 16, 64
 
 
 class Options(NamedTuple):
@@ -192,15 +193,9 @@ class _Call:
     def _take_mask(self, attn_mask: Tensor) -> None:
         mask = attn_mask.view((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
         folded = self.fold(mask) if mask.shape[1] > 1 else mask.unsqueeze(2).transpose(0, 1)
-        if attn_mask.dtype == torch.bool:
-            self.mask = torch.zeros((), dtype=self.wide, device=mask.device).where(folded, -torch.inf)
-        else:
-            self.mask = folded.to(self.wide)
-        if mask.is_cpu and mask.shape[2] > 1:
-            # With softmaxes apart, a row that has only the dtype's least value in its mask still attends.
-            lowest = -torch.inf if self.gate is not None or mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-            seen = mask if mask.dtype == torch.bool else mask > lowest
-            self.seen = seen.any(1).any(0)
+        self.mask = added(folded, self.wide)
+        if mask.is_cpu:
+            self.seen = seen_keys(mask, gated=self.gate is not None)
 
     def chunks(self) -> Iterator[tuple[_Chunk, Dropped | None]]:
         """The chunks of the call in their order, each with what dropout drops of it."""
@@ -233,33 +228,15 @@ class _Call:
         height = max(1, limit // (self.G * (self.P + T)))
         if differ:
             height = min(height, max(1, BLOCK_ROWS // self.G))
-        blocks = []
-        for rows in _slices(S, -(-S // max(1, -(-S // height)))):
-            first, last = 0, T
-            if is_causal:
-                last = min(T, max(0, rows.stop + T - S))
-            if window is not None:
-                first = min(last, max(0, rows.start + T - S - window + 1))
-            if self.seen is not None:
-                seen = self.seen[rows].any(0).expand(T).nonzero()
-                first, last = (max(first, int(seen[0])), min(last, int(seen[-1]) + 1)) if len(seen) else (0, 0)
-            blocks.append((rows, slice(first, max(first, last))))
-        return blocks
+        return row_blocks(S, T, height, self.options, self.seen)
 
     def _triangle(self, chunk: _Chunk) -> Tensor | None:
         """What is_causal and the window add to a chunk's own logits, (S, T), None where that is nothing."""
-        (_, _, is_causal, window, *_), rows, keys = self.options, chunk.rows, chunk.keys
-        if not is_causal and window is None:
-            return None
+        rows, keys = chunk.rows, chunk.keys
         name = (rows.start, keys.start, keys.stop)
         if name not in self.triangles:
-            i = torch.arange(rows.start, rows.stop)[:, None] + self.key.shape[2] - self.query.shape[3]
-            j = torch.arange(keys.start, keys.stop)
-            hidden = (j > i) if is_causal else torch.zeros(len(i), len(j), dtype=torch.bool)
-            if window is not None:
-                hidden = hidden | (j <= i - window)
-            triangle = torch.zeros(hidden.shape, dtype=self.wide).masked_fill_(hidden, -torch.inf)
-            self.triangles[name] = triangle.to(self.query.device) if bool(hidden.any()) else None
+            hidden = hidden_keys(rows, keys, self.query.shape[3], self.key.shape[2], self.options)
+            self.triangles[name] = None if hidden is None else added(~hidden, self.wide).to(self.query.device)
         return self.triangles[name]
 
     def joint(self, chunk: _Chunk, prefix: Tensor, own: Tensor) -> Tensor:
@@ -286,9 +263,10 @@ class _Call:
         if space not in self.spaces or self.spaces[space].numel() < numel:
             self.spaces[space] = a.new_empty(numel)
         out = self.spaces[space][:numel].view(shape)
-        if a.shape[1] >= FEW:
+        if a.shape[1] >= FEW_ROWS:
             return torch.baddbmm(out, a, b, beta=0, alpha=alpha, out=out)
-        pieces = zip(a.split(FEW, 2), b.split(FEW, 1), strict=True)
+        length = max(4, math.isqrt(a.shape[2]))
+        pieces = zip(a.split(length, 2), b.split(length, 1), strict=True)
         for i, (a_piece, b_piece) in enumerate(pieces):
             torch.baddbmm(out, a_piece, b_piece, beta=min(i, 1), alpha=alpha, out=out)
         return out
@@ -298,10 +276,10 @@ class _Call:
     ) -> None:
         """Add alpha · weightsᵀ rows to the sums of the prefix (H_KV, P, DH) and of the sequence (H_KV, Z, T, DH).
 
-        Where the columns are few, the matmul adds one row after the other. Each query head then gets a product of its
-        own and these are added, which rounds less.
+        Where rows are many, each query head of a group gets a product of its own, as eager attention gives it one, and
+        these are added: a matmul's sum over the rows of all of them rounds more.
         """
-        if weights.shape[-1] < FEW and self.G > 1:
+        if self.G > 1 and rows.shape[1] > MANY_ROWS:
             products = self.product(_by_query_head(weights, self.G).mT, _by_query_head(rows, self.G), alpha, "columns")
             products = products.unflatten(0, (-1, self.G)).sum(1)
         else:
@@ -348,6 +326,52 @@ class _Call:
     def _gate_rows(self, chunk: _Chunk) -> Tensor:
         heads, batch, G, rows, _ = self.shape(chunk, 1)
         return self.gate[chunk.heads].view(heads, 1, G, 1).expand(heads, batch, G, rows).reshape(heads * batch, -1, 1)
+
+
+def added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as what is added to the logits."""
+    if mask.dtype == torch.bool:
+        return torch.zeros((), dtype=dtype, device=mask.device).where(mask, -torch.inf)
+    return mask.to(dtype)
+
+
+def seen_keys(mask: Tensor, *, gated: bool = False) -> Tensor | None:
+    """Which keys a row sees in some sequence and head, (S, T or 1), of a mask of four dimensions; None where all rows
+    see the same.
+    """
+    if mask.shape[2] == 1:
+        return None
+    # With softmaxes apart, a row that has only the dtype's least value in its mask still attends.
+    lowest = -torch.inf if gated or mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return (mask if mask.dtype == torch.bool else mask > lowest).any(1).any(0)
+
+
+def hidden_keys(rows: slice, keys: slice, S: int, T: int, options: Options) -> Tensor | None:
+    """What is_causal and the window hide of the keys from the rows, (rows, keys); None where that is nothing."""
+    if not options.is_causal and options.sliding_window is None:
+        return None
+    i = torch.arange(rows.start, rows.stop)[:, None] + T - S
+    j = torch.arange(keys.start, keys.stop)
+    hidden = (j > i) if options.is_causal else torch.zeros(len(i), len(j), dtype=torch.bool)
+    if options.sliding_window is not None:
+        hidden = hidden | (j <= i - options.sliding_window)
+    return hidden if bool(hidden.any()) else None
+
+
+def row_blocks(S: int, T: int, height: int, options: Options, seen: Tensor | None) -> list[tuple[slice, slice]]:
+    """Equal blocks of at most `height` queries, each with the range of keys that one of them may see."""
+    blocks = []
+    for rows in _slices(S, -(-S // max(1, -(-S // height)))):
+        first, last = 0, T
+        if options.is_causal:
+            last = min(T, max(0, rows.stop + T - S))
+        if options.sliding_window is not None:
+            first = min(last, max(0, rows.start + T - S - options.sliding_window + 1))
+        if seen is not None:
+            columns = seen[rows].any(0).expand(T).nonzero()
+            first, last = (max(first, int(columns[0])), min(last, int(columns[-1]) + 1)) if len(columns) else (0, 0)
+        blocks.append((rows, slice(first, max(first, last))))
+    return blocks
 
 
 def _by_query_head(rows: Tensor, G: int) -> Tensor:

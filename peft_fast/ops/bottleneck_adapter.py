@@ -445,9 +445,14 @@ def _is_usual_call(
     x: Tensor, residual: Any, parameters: list[Any], scaling: Any, activation: str, dropout_p: float, eps: float
 ) -> bool:
     """Whether all fits and the usual torch calls are as fast as they get: a small x, where each microsecond of the host
-    counts, or on the CPU a compiler that fuses what there is to fuse."""
+    counts, or on the CPU no dropout, and no LayerNorm on x or a compiler that fuses what there is to fuse.
+
+    On the CPU a function of ours without either would keep as much as the usual calls, and save no more time than it
+    costs: 0.98 to 1.08 of theirs on an Intel Emerald Rapids.
+    """
     if x.is_cpu:
-        usual = x.numel() < support.MIN_CPU_ADAPTER_ELEMENTS or (torch.compiler.is_compiling() and not dropout_p)
+        few = x.numel() < support.MIN_CPU_ADAPTER_ELEMENTS
+        usual = few or (not dropout_p and (parameters[4] is None or torch.compiler.is_compiling()))
     else:
         usual = x.is_cuda and x.numel() < support.MIN_GPU_ELEMENTS
     if not usual:

@@ -1,6 +1,7 @@
 """The LoRA linear op: validate, schema, launch, fake, autograd, public function."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peft_fast import eager, reference, support, tuning
@@ -319,6 +320,9 @@ def apply_lora_linear(
 ) -> Tensor:
     """`lora_linear` for arguments that are known to fit: what patched layers call."""
     backend = backend or support.current_backend(lora_a)
+    plainly = support.runs_plainly(x)
+    if plainly and x.is_cpu and seed is None and backend == "auto" and _is_small(x, weight, dropout_p):
+        return _as_usual(x, weight, lora_a, lora_b, bias, scaling, dropout_p)
     autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
     if autocast and x.dtype is not torch.float64:  # which autocast leaves as it is
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -329,7 +333,7 @@ def apply_lora_linear(
     threshold = reference.drop_threshold(dropout_p) if dropout_p else 0
     if threshold and seed is None:
         seed = eager.draw_seed(x.device)
-    if support.runs_plainly(x):
+    if plainly:
         plan = _choose_plan(x, weight, lora_a, threshold, backend, measure=True)
         return _LoraLinear.apply(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan, False)
     if not torch.compiler.is_compiling() and support.in_transform():
@@ -338,6 +342,34 @@ def apply_lora_linear(
     return torch.ops.peft_fast.lora_linear(
         x, weight, lora_a, lora_b, bias, as_tensor(scaling, x), threshold, seed, backend
     )
+
+
+def _is_small(x: Tensor, weight: Tensor, dropout_p: float) -> bool:
+    """Whether the usual torch calls are as fast on the CPU: each call of a function of ours costs it microseconds."""
+    elements = x.numel()
+    if dropout_p:
+        return elements < support.MIN_CPU_DROPOUT_ELEMENTS
+    (N, K), least = weight.shape, support.MIN_CPU_ELEMENTS
+    return elements < least and elements * N < least * K
+
+
+def _as_usual(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+) -> Tensor:
+    """What peft's layer computes, to the bit, without the calls of its modules."""
+    y = F.linear(x, weight, bias)
+    h = x if x.dtype is lora_a.dtype else x.to(lora_a.dtype)
+    if dropout_p:
+        h = F.dropout(h, dropout_p)
+    h = F.linear(F.linear(h, lora_a), lora_b)
+    out = y + (h if scaling == 1 else h * scaling)
+    return out if out.dtype is y.dtype else out.to(y.dtype)
 
 
 def lora_linear_by(

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_fast import eager, reference, support
-from peft_fast.eager.prefix_attention import BLOCK_ROWS, Options, empty_y
+from peft_fast.eager import flash_attention as flash
+from peft_fast.eager.prefix_attention import Options, empty_y, seen_keys
 from peft_fast.ops import _shared
 from peft_fast.ops._shared import LIBRARY, resolve
 
@@ -82,7 +83,8 @@ def _validate(
         )
 
 
-def _choose_plan(tensors: Any, backend: str) -> str:
+def _choose_plan(tensors: Any, options: Options, backend: str) -> str:
+    """ "eager", "split" (the kernels) or, which only "auto" takes, "flash": torch's fused attention for CPUs."""
     query, attn_mask = tensors[0], tensors[INPUTS.index("attn_mask")]
     plan = support.choose_plan(query, backend)
     reason = None
@@ -94,6 +96,8 @@ def _choose_plan(tensors: Any, backend: str) -> str:
         if backend == "triton":
             raise NotImplementedError(f'backend("triton") cannot serve this call of prefix_attention: {reason}')
         return "eager"
+    if plan == "eager" and backend == "auto" and flash.serves(tensors, options):
+        return "flash"
     return plan
 
 
@@ -103,6 +107,8 @@ def _launch_fwd(tensors: Any, options: Options, plan: str, traced: bool = False)
         return torch.ops.peft_fast.prefix_attention_fwd(*tensors, *options, plan)
     if plan == "eager":
         return [eager.attention_fwd(tensors, options)]
+    if plan == "flash":
+        return list(flash.attention_fwd(tensors, options))
     launch = _shared.kernels("prefix_attention").attention_fwd
     return list(launch(*resolve(*tensors), options.threshold, options.seed, **options.keywords()))
 
@@ -117,6 +123,8 @@ def _launch_bwd(
         return dict(zip(named, grads, strict=True))
     if plan == "eager":
         return eager.attention_bwd(dy, tensors, options, needs)
+    if plan == "flash":
+        return flash.attention_bwd(dy, tensors, options, saved, needs)
     launch = _shared.kernels("prefix_attention").attention_bwd
     dy, *tensors = resolve(dy, *tensors)
     return launch(dy, *tensors, options.threshold, options.seed, *saved, **options.keywords(), needs=needs)
@@ -136,6 +144,8 @@ def _bwd(dy, *args):
     n = len(INPUTS)
     *options, saved, needs, plan = args[n:]
     grads = _launch_bwd(dy, args[:n], Options(*options), saved, set(needs), plan)
+    if plan == "flash":  # of keys and values it gives parts of larger tensors
+        grads = {name: torch.empty_like(args[INPUTS.index(name)]).copy_(grad) for name, grad in grads.items()}
     return [grads[name] for name in needs]
 
 
@@ -156,6 +166,8 @@ def _fake_fwd(query, key, value, prefix_key, prefix_value, attn_mask, gate, *arg
     if args[-1] == "eager":
         return [empty_y(query)]
     wide = torch.promote_types(query.dtype, torch.float32)
+    if args[-1] == "flash":
+        return [empty_y(query), query.new_empty(query.shape[:3], dtype=wide)]
     return [empty_y(query), query.new_empty(1 if gate is None else 3, *query.shape[:3], dtype=wide)]
 
 
@@ -163,7 +175,7 @@ def _fake_fwd(query, key, value, prefix_key, prefix_value, attn_mask, gate, *arg
 def _fake_bwd(dy, *args):
     tensors, (needs, plan) = dict(zip(INPUTS, args, strict=False)), args[-2:]
     # The kernels lay gradients out as they lay y out, whatever the inputs' layout is.
-    laid_out = () if plan == "eager" else ("query", "key", "value")
+    laid_out = ("query", "key", "value") if plan == "split" else ()
     return [(empty_y if name in laid_out else torch.empty_like)(tensors[name]) for name in needs]
 
 
@@ -173,7 +185,7 @@ def _fake_dropout_mask(query, key, value, prefix_key, *args):
 
 
 class _PrefixAttention(torch.autograd.Function):
-    """Saves the caller's own tensors and the seed, and for the kernels' backward y and the log-sum-exp of its rows."""
+    """Saves the caller's own tensors and the seed, and but for the eager plan y and the log-sum-exp of its rows."""
 
     @staticmethod
     def forward(ctx, options, plan, traced, *tensors):
@@ -235,15 +247,17 @@ def _differentiable(tensors, options, plan):
 @torch.library.impl(LIBRARY, "prefix_attention", "Autograd")
 def _autograd(*args):
     n = len(INPUTS)
-    *options, backend = args[n:]
-    return _PrefixAttention.apply(Options(*options), _choose_plan(args[:n], backend), True, *args[:n])
+    *values, backend = args[n:]
+    options = Options(*values)
+    return _PrefixAttention.apply(options, _choose_plan(args[:n], options, backend), True, *args[:n])
 
 
 @torch.library.impl(LIBRARY, "prefix_attention", "CompositeExplicitAutograd")
 def _inference(*args):
     n = len(INPUTS)
-    *options, backend = args[n:]
-    return _launch_fwd(args[:n], Options(*options), _choose_plan(args[:n], backend))[0]
+    *values, backend = args[n:]
+    options = Options(*values)
+    return _launch_fwd(args[:n], options, _choose_plan(args[:n], options, backend))[0]
 
 
 @torch.library.register_fake("peft_fast::prefix_attention", lib=LIBRARY)
@@ -345,9 +359,9 @@ def apply_prefix_attention(
         seed = eager.draw_seed(query.device)
     options = Options(threshold, seed if threshold else None, is_causal, sliding_window, softcap, scale)
     if support.runs_plainly(query):
-        return _PrefixAttention.apply(options, _choose_plan(tensors, backend), False, *tensors)
+        return _PrefixAttention.apply(options, _choose_plan(tensors, options, backend), False, *tensors)
     if not torch.compiler.is_compiling() and support.in_transform():
-        return _differentiable(tensors, options, _choose_plan(tensors, backend))
+        return _differentiable(tensors, options, _choose_plan(tensors, options, backend))
     return torch.ops.peft_fast.prefix_attention(*tensors, *options, backend)
 
 
@@ -362,17 +376,21 @@ def _is_small(query: Tensor, key: Tensor, prefix_key: Tensor, dropout_p: float) 
 
 
 def _leaves_nothing_out(query: Tensor, key: Tensor, attn_mask: Tensor | None, restricted: bool) -> bool:
-    """Whether one block has all queries, or all see the same keys as far as a look at the first and the last tells.
+    """Whether blocks of rows would gain nothing, as far as a look at the first and the last row tells.
 
     Keys that can be left out are how ours gets ahead of torch's fused attention on the CPU.
     """
-    if query.shape[2] * (query.shape[1] // key.shape[1]) <= BLOCK_ROWS:
+    if flash.block_count(query, key) == 1:
         return True
     if restricted:
         return False
     if attn_mask is None or attn_mask.dim() == 1 or attn_mask.shape[-2] == 1:
         return True
-    return support.runs_plainly(query) and torch.equal(attn_mask[..., 0, :], attn_mask[..., -1, :])
+    if not support.runs_plainly(query):
+        return False
+    mask = attn_mask.view((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
+    first, last = seen_keys(mask[:, :, [0, -1]])
+    return torch.equal(first, last)
 
 
 def _as_usual(

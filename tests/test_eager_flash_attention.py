@@ -1,0 +1,181 @@
+"""Prefix attention by torch's fused attention for CPUs, in blocks of rows, against the reference."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import peft_fast
+from peft_fast import reference
+from peft_fast.eager import flash_attention as flash
+from peft_fast.eager.prefix_attention import Options
+from peft_fast.ops import prefix_attention
+from peft_fast.ops.prefix_attention import _as_usual
+from peft_fast.testing import assert_within_budget, prefix_attention_inputs, saved_bytes
+from tests.test_ops_prefix_attention import (
+    DTYPES,
+    MASKS,
+    RULES,
+    additive,
+    boolean_mask,
+    forward_backward,
+    wide,
+)
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """The blocks that were computed, as (rows, keys) of the forward passes; three in a call, however small it is."""
+    found = []
+
+    def listed(tensors, options):
+        for block in each(tensors, options):
+            found.append((block[0], block[1]))
+            yield block
+
+    each = flash._blocks
+    monkeypatch.setattr(flash, "_blocks", listed)
+    monkeypatch.setattr(flash, "block_count", lambda query, key: 3)
+    return found
+
+
+def as_stock(query, key, value, prefix_key, prefix_value, attn_mask, is_causal=False, sliding_window=None, scale=None):
+    """Copies of the prefix in front of all keys, and torch's attention."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return _as_usual(
+        query, key, value, prefix_key, prefix_value, attn_mask, is_causal, sliding_window, scale, dropout_p=0.0
+    )
+
+
+def assert_within_budget_of_stock(calls, attn_mask=None, **rules):
+    """Twice the error of stock's own call: torch's kernel, which both run, rounds more than softmax and matmuls do.
+
+    A seed is passed to the op, which then takes no usual call, however small this one is.
+    """
+    options, results = rules | {"attn_mask": attn_mask}, []
+    for inputs in calls:
+        actual = forward_backward(prefix_attention, inputs, seed=torch.tensor([1]), **options)
+        expected = forward_backward(as_stock, inputs, **options)
+        truth = forward_backward(reference.prefix_attention, inputs.to(torch.float64), **wide(options))
+        results.append((actual, truth, expected))
+    for name in truth:
+        values = [torch.cat([result[name].flatten() for result in kind]) for kind in zip(*results, strict=True)]
+        assert_within_budget(*values, length=inputs.query.numel(), name=name)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "softcap"])
+@pytest.mark.parametrize(("dtype", "prefix_dtype"), DTYPES)
+def test_masks_and_rules(blocks, dtype, prefix_dtype, rule, mask):
+    calls = [
+        prefix_attention_inputs(2, 4, 2, 66, 86, 16, 40, dtype=dtype, prefix_dtype=prefix_dtype, seed=seed)
+        for seed in range(6 if dtype == torch.float32 else 1)
+    ]
+    assert_within_budget_of_stock(calls, MASKS[mask](dtype), **RULES[rule])
+    assert len(blocks) == 2 * 3 * len(calls)
+
+
+LENGTHS = list(itertools.product([1, 7, 64, 130], repeat=2))
+
+
+@pytest.mark.parametrize(("S", "T"), LENGTHS)
+@pytest.mark.parametrize(("H", "H_KV"), [(4, 4), (8, 2)])
+def test_lengths(blocks, H, H_KV, S, T):
+    """Also rows that see nothing but the prefix, where there are more queries than keys."""
+    calls = [prefix_attention_inputs(2, H, H_KV, S, T, 5, 16, seed=seed) for seed in range(6)]
+    for rules in ({"is_causal": True}, {"sliding_window": 9}, {"is_causal": True, "sliding_window": 9}):
+        assert_within_budget_of_stock(calls, **rules)
+    assert blocks
+
+
+def test_keys_that_no_row_of_a_block_sees_are_left_out(blocks):
+    inputs = prefix_attention_inputs(2, 4, 2, 66, 66, 5, 16)
+    seed = torch.tensor([1])
+    prefix_attention(**inputs.leaves(), is_causal=True, seed=seed)
+    assert blocks == [(slice(44, 66), slice(0, 66)), (slice(22, 44), slice(0, 44)), (slice(0, 22), slice(0, 22))]
+    blocks.clear()
+    prefix_attention(**inputs.leaves(), is_causal=True, sliding_window=9, seed=seed)
+    assert blocks == [(slice(44, 66), slice(36, 66)), (slice(22, 44), slice(14, 44)), (slice(0, 22), slice(0, 22))]
+    blocks.clear()
+    packed = torch.block_diag(*[torch.ones(22, 22).bool().tril()] * 3)
+    prefix_attention(**inputs.leaves(), attn_mask=packed, seed=seed)
+    assert blocks == [(slice(44, 66), slice(44, 66)), (slice(22, 44), slice(22, 44)), (slice(0, 22), slice(0, 22))]
+
+
+def test_what_is_kept(blocks):
+    """Beside the caller's tensors y and a number for each of its rows."""
+    leaves = {
+        name: leaf.requires_grad_() for name, leaf in prefix_attention_inputs(2, 4, 2, 66, 66, 5, 16).leaves().items()
+    }
+    mask, seed = boolean_mask(2, 66, 66), torch.tensor([1])
+    kept = saved_bytes(lambda: prefix_attention(**leaves, attn_mask=mask, seed=seed), [*leaves.values(), mask])
+    assert kept == 2 * 4 * 66 * (16 + 1) * 4
+    assert blocks
+
+
+def test_the_same_gradients_twice_and_second_derivatives(blocks):
+    inputs = prefix_attention_inputs(1, 2, 1, 12, 12, 3, 8, dtype=torch.float64)
+    leaves = {name: leaf.requires_grad_() for name, leaf in inputs.leaves().items()}
+    y = prefix_attention(**leaves, is_causal=True, seed=torch.tensor([1]))
+    first, second = (torch.autograd.grad(y, list(leaves.values()), inputs.dy, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+    def call(*tensors):
+        named = dict(zip(leaves, tensors, strict=True))
+        return prefix_attention(**named, is_causal=True, seed=torch.tensor([1]))
+
+    assert torch.autograd.gradcheck(call, tuple(leaves.values()), fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, tuple(leaves.values()), fast_mode=True)
+    assert blocks
+
+
+@pytest.mark.parametrize(
+    ("H_KV", "S", "count"),
+    [
+        (8, 64, 1),
+        (8, 383, 1),
+        (8, 384, 2),
+        (8, 1024, 4),
+        (8, 4096, 8),
+        (2, 127, 1),
+        (2, 128, 2),
+        (2, 256, 4),
+        (2, 512, 8),
+    ],
+)
+def test_block_count(H_KV, S, count):
+    query, key = torch.empty(1, 8, S, 4), torch.empty(1, H_KV, S, 4)
+    assert flash.block_count(query, key) == count
+
+
+def test_what_is_served():
+    inputs = prefix_attention_inputs(1, 2, 2, 8, 8, 3, 16, dtype=torch.bfloat16, gate=True)
+    tensors = list(inputs.leaves().values())[:5]
+    plain = Options(0, None, True, None, None, 0.25)
+    mask = torch.zeros(8, 8)
+    assert flash.serves([*tensors, None, None], plain)
+    assert flash.serves([*tensors, mask.bfloat16(), None], plain)
+    assert not flash.serves([*tensors, mask, None], plain), "it would round the mask"
+    assert not flash.serves([*tensors, mask.bfloat16().requires_grad_(), None], plain)
+    assert not flash.serves([*tensors, None, inputs.gate], plain)
+    assert not flash.serves([*tensors, None, None], plain._replace(softcap=2.0))
+    assert not flash.serves([*tensors, None, None], plain._replace(threshold=1, seed=torch.tensor([1])))
+    assert not flash.serves([tensor.to("meta") for tensor in tensors] + [None, None], plain)
+
+
+def test_an_explicit_backend_does_not_take_it(blocks):
+    inputs = prefix_attention_inputs(1, 2, 2, 8, 8, 3, 16)
+    with peft_fast.backend("eager"):
+        forward_backward(prefix_attention, inputs, is_causal=True)
+    assert not blocks
+
+
+def test_a_row_of_least_values_attends_to_the_prefix_alone(blocks):
+    inputs = prefix_attention_inputs(2, 4, 2, 66, 66, 5, 16)
+    mask = additive(boolean_mask(2, 66, 66), torch.float32, torch.finfo(torch.float32).min)
+    infinite = additive(boolean_mask(2, 66, 66), torch.float32, -math.inf)
+    seed = torch.tensor([1])
+    y, expected = (prefix_attention(**inputs.leaves(), attn_mask=m, seed=seed) for m in (mask, infinite))
+    torch.testing.assert_close(y, expected)
+    assert blocks
