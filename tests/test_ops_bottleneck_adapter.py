@@ -98,8 +98,9 @@ def test_every_arrangement(residual, norms, residual_after_norm, learned):
 @pytest.mark.parametrize("M", [0, 1, 17, 300])
 def test_sizes(M, K, R):
     norms = list(NORMS.values())[(M + K + R) % 4]
-    # Of one number in the middle, eager's own error in one call is chance.
-    calls = [bottleneck_adapter_inputs(M, K, R, seed=seed, **norms) for seed in range(8 if R == 1 else 1)]
+    # Of one number in the middle, eager's own error in one call is chance, and of one row all the more.
+    seeds = 1 if R > 1 else 32 if M == 1 else 8
+    calls = [bottleneck_adapter_inputs(M, K, R, seed=seed, **norms) for seed in range(seeds)]
     assert_op_within_budget("eager", *calls, dropout_p=0.1, activation="silu")
 
 
@@ -239,7 +240,8 @@ def test_residual_is_kept_only_for_a_norm_over_it():
         inputs.parameters["down_weight"].requires_grad_()
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
-            bottleneck_adapter(inputs.x, residual=inputs.residual, **inputs.parameters, residual_after_norm=after)
+            options = {"dropout_p": 0.1, "residual_after_norm": after}
+            bottleneck_adapter(inputs.x, residual=inputs.residual, **inputs.parameters, **options)
         assert (inputs.residual.data_ptr() in {tensor.data_ptr() for tensor in saved}) == kept
 
 
@@ -307,7 +309,7 @@ def test_input_changed_in_place_is_a_clear_error():
     inputs = bottleneck_adapter_inputs(4096, 40, 2)
     inputs.parameters["down_weight"].requires_grad_()
     x = inputs.x.requires_grad_() * 1
-    y = bottleneck_adapter(x, residual=x, **inputs.parameters)
+    y = bottleneck_adapter(x, residual=x, **inputs.parameters, dropout_p=0.1)
     x += 1
     with pytest.raises(RuntimeError, match=r"bottleneck_adapter: .* changed in place"):
         y.sum().backward()
