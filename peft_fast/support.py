@@ -159,6 +159,14 @@ def runs_plainly(x: Tensor) -> bool:
     )
 
 
+def is_ordinary(x: Tensor) -> bool:
+    """Whether nothing compiles or transforms torch calls on x, whoever watches them.
+
+    What depends on it is the same in a forward and in its repetition by checkpointing, which nobody may watch.
+    """
+    return not torch.compiler.is_compiling() and type(x) in PLAIN_TENSORS and not in_transform()
+
+
 def in_transform() -> bool:
     """Whether a transform of `torch.func` or forward-mode differentiation is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
@@ -284,11 +292,10 @@ def _why_not_input(
             return "float64 under autocast"
     elif weight.dtype is not dtype:
         return f"the input is {dtype}, the base weight {weight.dtype}"
-    elif factor_dtype is not dtype:
-        if factor_dtype is not torch.float32 or dtype is torch.float64:
-            return f"the input is {dtype}, the adapter {factor_dtype}"
-        if not layer.cast_input_dtype_enabled:
-            return "casting of the input is switched off"
+    elif factor_dtype is not dtype and (factor_dtype is not torch.float32 or dtype is torch.float64):
+        return f"the input is {dtype}, the adapter {factor_dtype}"
+    if factor_dtype is not dtype and not layer.cast_input_dtype_enabled:
+        return "casting of the input is switched off"
     if x.is_cpu and weight.is_cpu:
         meets = torch.get_autocast_dtype("cpu") if autocast else factor_dtype
         if meets is torch.bfloat16 and not dropout_p and backend == "auto":

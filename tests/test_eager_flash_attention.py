@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import peft_fast
 from peft_fast import reference
@@ -36,7 +38,7 @@ def blocks(monkeypatch):
 
     each = flash._blocks
     monkeypatch.setattr(flash, "_blocks", listed)
-    monkeypatch.setattr(flash, "block_count", lambda query, key: 3)
+    monkeypatch.setattr(flash, "block_count", lambda query, key, span: 3)
     return found
 
 
@@ -132,21 +134,86 @@ def test_the_same_gradients_twice_and_second_derivatives(blocks):
 
 @pytest.mark.parametrize(
     ("H_KV", "S", "count"),
-    [
-        (8, 64, 1),
-        (8, 383, 1),
-        (8, 384, 2),
-        (8, 1024, 4),
-        (8, 4096, 8),
-        (2, 127, 1),
-        (2, 128, 2),
-        (2, 256, 4),
-        (2, 512, 8),
-    ],
+    [(8, 383, 1), (8, 384, 2), (8, 1024, 4), (8, 4096, 8), (2, 127, 1), (2, 128, 2), (2, 512, 8), (2, 4095, 8)],
 )
 def test_block_count(H_KV, S, count):
     query, key = torch.empty(1, 8, S, 4), torch.empty(1, H_KV, S, 4)
     assert flash.block_count(query, key) == count
+    assert flash.block_count(query, key, 16) == max(count, S // 64)
+    assert flash.block_count(query, key, S) == count
+
+
+def test_blocks_are_no_higher_than_a_window_or_what_was_packed():
+    seen = torch.block_diag(*[torch.ones(22, 22).bool().tril()] * 3)
+    causal, window = Options(0, None, True, None, None, 0.25), Options(0, None, True, 9, None, 0.25)
+    assert flash._span(causal, None) is None
+    assert flash._span(causal, seen) == 22
+    assert flash._span(window, None) == flash._span(window, seen) == 9
+    assert flash._span(window._replace(is_causal=False), None) is None  # later keys are all seen
+    assert flash._span(causal, torch.zeros(4, 1, dtype=torch.bool)) is None
+    assert flash._span(causal, torch.zeros(4, 4, dtype=torch.bool)) <= 0
+    assert flash.block_count(torch.empty(1, 8, 512, 4), torch.empty(1, 8, 512, 4), -4) == 8
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "prefix_key", "dy", "mask"])
+def test_strides(blocks, name):
+    """torch's kernel takes rows to be dense, and does not ask."""
+    inputs = prefix_attention_inputs(2, 4, 2, 66, 66, 5, 16)
+    leaves, dy, mask = inputs.leaves(), inputs.dy, boolean_mask(2, 66, 66)
+    results = []
+    for lay_out in (lambda x: x, lambda x: x.mT.contiguous().mT, lambda x: torch.stack([x, x], -1)[..., 0]):
+        tensors = {key: (lay_out(leaf) if key == name else leaf).requires_grad_() for key, leaf in leaves.items()}
+        given = {"attn_mask": lay_out(mask) if name == "mask" else mask, "seed": torch.tensor([1])}
+        y = prefix_attention(**tensors, **given)
+        results.append([y, *torch.autograd.grad(y, list(tensors.values()), lay_out(dy) if name == "dy" else dy)])
+    for others in results[1:]:
+        assert all(map(torch.equal, others, results[0]))
+    assert blocks
+
+
+def test_one_block_where_nothing_is_left_out(blocks):
+    inputs = prefix_attention_inputs(2, 4, 2, 66, 66, 5, 16)
+    mask = torch.rand(66, 66) > 0.5
+    mask[:, [0, -1]] = True
+    prefix_attention(**inputs.leaves(), attn_mask=mask, seed=torch.tensor([1]))
+    assert blocks == [(slice(0, 66), slice(0, 66))]
+
+
+def test_no_queries(blocks):
+    inputs = prefix_attention_inputs(2, 4, 2, 0, 66, 5, 16)
+    leaves = {name: leaf.requires_grad_() for name, leaf in inputs.leaves().items()}
+    y = prefix_attention(**leaves, is_causal=True, seed=torch.tensor([1]))
+    assert y.shape == (2, 4, 0, 16)
+    assert all(not grad.any() for grad in torch.autograd.grad(y.sum(), list(leaves.values())))
+
+
+def test_a_mask_that_is_no_number_gives_none(blocks):
+    inputs = prefix_attention_inputs(2, 4, 2, 66, 66, 5, 16)
+    mask = torch.zeros(66, 66).masked_fill_(~torch.ones(66, 66).bool().tril(), -math.inf)
+    mask[:22, -1] = math.nan
+    y = prefix_attention(**inputs.leaves(), attn_mask=mask, seed=torch.tensor([1]))
+    assert y[:, :, :22].isnan().all()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_watched_forward_and_its_repetition_choose_alike(use_reentrant):
+    """Where all rows see the same keys, the usual calls run, whoever watches."""
+    inputs = prefix_attention_inputs(2, 8, 2, 300, 300, 16, 16)
+    leaves = [leaf.requires_grad_() for leaf in inputs.leaves().values()]
+    mask = (torch.arange(300) < 290).expand(1, 1, 300, 300).contiguous()
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    def call(*tensors):
+        return prefix_attention(*tensors, attn_mask=mask)
+
+    expected = torch.autograd.grad(call(*leaves), leaves, inputs.dy)
+    with Watching():
+        y = checkpoint(call, *leaves, use_reentrant=use_reentrant)
+    y.backward(inputs.dy)
+    assert all(torch.equal(leaf.grad, grad) for leaf, grad in zip(leaves, expected, strict=True))
 
 
 def test_what_is_served():

@@ -15,7 +15,7 @@ from bottleneck_calls import BACKENDS, NORMS, SEED, forward_backward
 from peft_fast import eager, reference, support
 from peft_fast.ops import bottleneck_adapter
 from peft_fast.ops.bottleneck_adapter import _is_usual_call
-from peft_fast.testing import BottleneckAdapterInputs, assert_within_budget, bottleneck_adapter_inputs
+from peft_fast.testing import BottleneckAdapterInputs, assert_within_budget, bottleneck_adapter_inputs, saved_bytes
 
 ACTIVATIONS = list(reference.ACTIVATIONS)
 
@@ -332,19 +332,28 @@ def test_a_small_call_is_the_usual_calls(norms, dropout_p):
     assert y.grad_fn.name() != "_BottleneckAdapterBackward"
 
 
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 @pytest.mark.parametrize("norms", NORMS)
-def test_large_calls_are_ours_where_there_is_something_to_make_again(norms):
-    """With dropout or a LayerNorm on x: without them the usual calls keep as little, and are as fast."""
+def test_large_calls_are_ours_where_that_saves_something(norms, activation):
+    """Time or bytes: with dropout, a LayerNorm on x, a scaling, or an activation whose gradient needs what it read."""
     inputs = bottleneck_adapter_inputs(1024, 128, 4, **NORMS[norms])
-    inputs.x.requires_grad_()
+    leaves = [leaf.requires_grad_() for leaf in inputs.leaves().values()]
     assert inputs.x.numel() >= support.MIN_CPU_ADAPTER_ELEMENTS
 
-    def is_ours(dropout_p: float) -> bool:
-        y = bottleneck_adapter(inputs.x, residual=inputs.x, **inputs.parameters, dropout_p=dropout_p)
-        return y.grad_fn.name() == "_BottleneckAdapterBackward"
+    def call(**options):
+        options = inputs.parameters | {"activation": activation} | options
+        return bottleneck_adapter(inputs.x, residual=inputs.x, **options)
 
-    assert is_ours(0.1)
-    assert is_ours(0.0) == bool(NORMS[norms].get("norm_before"))
+    def is_ours(**options) -> bool:
+        return call(**options).grad_fn.name() == "_BottleneckAdapterBackward"
+
+    for options in ({"dropout_p": 0.1}, {"scaling": 2.0}, {"scaling": torch.ones(1, requires_grad=True)}):
+        assert is_ours(**options)
+    needs_what_it_read = activation not in ("relu", "tanh", "identity")
+    assert is_ours(scaling=1.0) == (needs_what_it_read or bool(NORMS[norms].get("norm_before")))
+    kept = saved_bytes(lambda: call(scaling=1.0), leaves[1:])
+    with peft_fast.backend("eager"):
+        assert kept <= saved_bytes(lambda: call(scaling=1.0), leaves[1:])
 
 
 @pytest.mark.parametrize("factors", [torch.bfloat16, torch.float32, torch.float16])

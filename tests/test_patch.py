@@ -1,5 +1,6 @@
 """Patched models do what stock peft does, and everything else of theirs stays as it was."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -8,6 +9,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners import lora
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification
 
 import peft_fast
@@ -58,13 +61,18 @@ def test_fused_layers_do_call_the_op(monkeypatch):
     assert len(calls) == len(lora_layers(model)) == 12
 
 
+@pytest.fixture
+def calls_may_be_small(small_lora_calls_are_fused, monkeypatch):
+    monkeypatch.setattr(support, "MIN_CPU_ELEMENTS", 1 << 17)
+    monkeypatch.setattr(support, "MIN_CPU_DROPOUT_ELEMENTS", 1 << 15)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16-fp32"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
-def test_small_calls_compute_what_stock_does_to_the_bit(name, dropout_p, dtype, monkeypatch):
+@pytest.mark.usefixtures("calls_may_be_small")
+def test_small_calls_compute_what_stock_does_to_the_bit(name, dropout_p, dtype):
     """With stock's own random numbers."""
-    monkeypatch.setattr(support, "MIN_CPU_ELEMENTS", 1 << 17)
-    monkeypatch.setattr(support, "MIN_CPU_DROPOUT_ELEMENTS", 1 << 15)
     stock = lora_model(name, base=None, dtype=dtype, lora_dropout=dropout_p)
     patched = patched_copy(stock)
     results = []
@@ -75,6 +83,63 @@ def test_small_calls_compute_what_stock_does_to_the_bit(name, dropout_p, dtype, 
     assert states(patched) == {"fused"}
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[key], value) for key, value in expected.items())
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("how", ["plain", "saved", "reentrant", "watched", "watched reentrant", "autocast"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.usefixtures("calls_may_be_small")
+def test_small_calls_under_checkpointing_watched_and_in_autocast(dropout_p, how):
+    """A forward that somebody watches and its repetition in backward, which nobody does, are the same calls."""
+    stock = lora_layers(lora_model(lora_dropout=dropout_p))[0]
+    patched = patched_copy(stock)
+    x = torch.randn(16, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    results = []
+    for layer in (stock, patched):
+        torch.manual_seed(5)
+        with contextlib.ExitStack() as stack:
+            if how.startswith("watched"):
+                stack.enter_context(Watching())
+            if how == "autocast":
+                stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
+            if how in ("plain", "autocast"):
+                y = layer(x)
+            else:
+                y = checkpoint(layer, x, use_reentrant=how.endswith("reentrant"))
+        y.square().sum().backward()
+        gradients = [p.grad for p in layer.parameters() if p.requires_grad]
+        results.append([y.detach(), x.grad, *gradients])
+        x.grad = None
+    assert len(results[0]) == 4
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.usefixtures("calls_may_be_small")
+def test_small_calls_compiled(dropout_p):
+    """With dropout stock's calls, which a compiler fuses; without it ours, whose graph no size guards."""
+    graphs = []
+
+    def record(graph, inputs):
+        graphs.append(" ".join(str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    torch._dynamo.reset()
+    layer = patched_copy(lora_layers(lora_model(lora_dropout=dropout_p))[0])
+    compiled = torch.compile(layer, fullgraph=True, backend=record, dynamic=True)
+    x = torch.randn(16, 32)
+    torch.manual_seed(5)
+    y = compiled(x)
+    torch.manual_seed(5)
+    assert torch.equal(y, layer(x)) or not dropout_p
+    assert ("dropout" in graphs[0]) == bool(dropout_p)
+    assert ("peft_fast" in graphs[0]) == (not dropout_p)
+    compiled(torch.randn(4096 if not dropout_p else 17, 32))
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize(("rows", "dropout_p", "small"), [(511, 0.0, True), (512, 0.0, False), (127, 0.5, True)])

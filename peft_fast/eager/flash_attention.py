@@ -25,6 +25,7 @@ def serves(tensors: Tensors, options: Options) -> bool:
     query, *_, attn_mask, gate = tensors
     return (
         query.is_cpu
+        and query.shape[2] != 0
         and gate is None
         and options.softcap is None
         and not options.threshold
@@ -34,16 +35,17 @@ def serves(tensors: Tensors, options: Options) -> bool:
     )
 
 
-def block_count(query: Tensor, key: Tensor) -> int:
+def block_count(query: Tensor, key: Tensor, span: int | None = None) -> int:
     """Into how many blocks of rows a call goes where not all rows see the same keys.
 
     More blocks leave out more keys, but torch's kernel works in tiles of 32 rows below 192 and of 64 from there on, and
     the gradients of keys and values are added up: of those, grouped heads have fewer. As measured on an Intel Emerald
-    Rapids.
+    Rapids. Where no row sees more than `span` keys in a row, blocks need not be higher than that.
     """
     S = query.shape[2]
     rows, most = (192, 4) if query.shape[1] == key.shape[1] else (64, 8)
-    return max(1, min(most, S // rows), S // 512)
+    count = max(1, min(most, S // rows), S // 512)
+    return count if span is None else max(count, S // max(64, span))
 
 
 def attention_fwd(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
@@ -51,7 +53,7 @@ def attention_fwd(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
 
     The tensors are those of `prefix_attention.attention_fwd`.
     """
-    query = tensors[0]
+    query = _dense_rows(tensors[0])
     y, lse = empty_y(query), query.new_empty(query.shape[:3], dtype=_wide(query))
     for rows, _, key, value, mask in _blocks(tensors, options):
         y_rows, lse_rows = _fwd(query[:, :, rows], key, value, 0.0, False, attn_mask=mask, scale=options.scale)
@@ -66,6 +68,7 @@ def attention_bwd(
     y, lse = saved
     query, key, value, prefix_key, prefix_value, *_ = tensors
     P, dq = prefix_key.shape[1], torch.empty_like(query)
+    dy, query = _dense_rows(dy), _dense_rows(query)
     dk, dv = _Sum(key, P), _Sum(value, P)
     for rows, keys, key_block, value_block, mask in _blocks(tensors, options):
         attended = dy[:, :, rows], query[:, :, rows], key_block, value_block, y[:, :, rows], lse[:, :, rows]
@@ -85,14 +88,30 @@ def _blocks(tensors: Tensors, options: Options) -> Iterator[tuple[slice, slice, 
     if attn_mask is not None:
         mask = attn_mask.view((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
         seen = seen_keys(mask)
-    mask = _added(mask, query, P, T, options)
+    added_to_all = _added(mask, query, P, T, options)
     joints = [
         torch.cat([prefix.to(own.dtype).expand(len(own), -1, -1, -1), own], dim=2)
         for prefix, own in ((prefix_key, key), (prefix_value, value))
     ]
-    for rows, keys in reversed(row_blocks(S, T, -(-S // block_count(query, key)), options, seen)):
+    height = -(-S // block_count(query, key, _span(options, seen)))
+    blocks = row_blocks(S, T, height, options, seen)
+    if all(keys == blocks[0][1] for _, keys in blocks):  # nothing to leave out
+        blocks = [(slice(0, S), blocks[0][1])]
+    for rows, keys in reversed(blocks):
         key_block, value_block = (_attended(joint, P, keys, 2) for joint in joints)
-        yield rows, keys, key_block, value_block, None if mask is None else _attended(mask[:, :, rows], P, keys, 3)
+        added_rows = None if added_to_all is None else _attended(added_to_all[:, :, rows], P, keys, 3)
+        yield rows, keys, key_block, value_block, added_rows
+
+
+def _span(options: Options, seen: Tensor | None) -> int | None:
+    """The most keys from the first that a row sees to its last, as far as that is less than all."""
+    spans = [options.sliding_window] if options.sliding_window is not None and options.is_causal else []
+    if seen is not None and seen.shape[1] > 1:
+        columns = torch.arange(seen.shape[1], device="cpu")
+        first = torch.where(seen, columns, seen.shape[1]).amin(1)
+        last = torch.where(seen, columns, -1).amax(1)
+        spans.append(int((last - first + 1).max()))
+    return min(spans) if spans else None
 
 
 def _attended(joint: Tensor, P: int, keys: slice, dim: int) -> Tensor:
@@ -142,6 +161,11 @@ class _Sum:
 
     def prefix(self, like: Tensor) -> Tensor:
         return self.total[:, :, : self.P].sum(0).to(like.dtype)
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """torch's kernel reads rows as if they were dense."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -343,16 +343,16 @@ def seen_keys(mask: Tensor, *, gated: bool = False) -> Tensor | None:
         return None
     # With softmaxes apart, a row that has only the dtype's least value in its mask still attends.
     lowest = -torch.inf if gated or mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    return (mask if mask.dtype == torch.bool else mask > lowest).any(1).any(0)
+    return (mask if mask.dtype == torch.bool else ~(mask <= lowest)).any(1).any(0)  # what is no number is seen
 
 
 def hidden_keys(rows: slice, keys: slice, S: int, T: int, options: Options) -> Tensor | None:
     """What is_causal and the window hide of the keys from the rows, (rows, keys); None where that is nothing."""
     if not options.is_causal and options.sliding_window is None:
         return None
-    i = torch.arange(rows.start, rows.stop)[:, None] + T - S
-    j = torch.arange(keys.start, keys.stop)
-    hidden = (j > i) if options.is_causal else torch.zeros(len(i), len(j), dtype=torch.bool)
+    i = torch.arange(rows.start, rows.stop, device="cpu")[:, None] + T - S
+    j = torch.arange(keys.start, keys.stop, device="cpu")
+    hidden = (j > i) if options.is_causal else torch.zeros(len(i), len(j), dtype=torch.bool, device="cpu")
     if options.sliding_window is not None:
         hidden = hidden | (j <= i - options.sliding_window)
     return hidden if bool(hidden.any()) else None

@@ -320,8 +320,7 @@ def apply_lora_linear(
 ) -> Tensor:
     """`lora_linear` for arguments that are known to fit: what patched layers call."""
     backend = backend or support.current_backend(lora_a)
-    plainly = support.runs_plainly(x)
-    if plainly and x.is_cpu and seed is None and backend == "auto" and _is_small(x, weight, dropout_p):
+    if x.is_cpu and seed is None and backend == "auto" and _is_small(x, weight, dropout_p):
         return _as_usual(x, weight, lora_a, lora_b, bias, scaling, dropout_p)
     autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
     if autocast and x.dtype is not torch.float64:  # which autocast leaves as it is
@@ -333,7 +332,7 @@ def apply_lora_linear(
     threshold = reference.drop_threshold(dropout_p) if dropout_p else 0
     if threshold and seed is None:
         seed = eager.draw_seed(x.device)
-    if plainly:
+    if support.runs_plainly(x):
         plan = _choose_plan(x, weight, lora_a, threshold, backend, measure=True)
         return _LoraLinear.apply(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan, False)
     if not torch.compiler.is_compiling() and support.in_transform():
@@ -345,7 +344,13 @@ def apply_lora_linear(
 
 
 def _is_small(x: Tensor, weight: Tensor, dropout_p: float) -> bool:
-    """Whether the usual torch calls are as fast on the CPU: each call of a function of ours costs it microseconds."""
+    """Whether the usual torch calls are as fast on the CPU: each call of a function of ours costs it microseconds.
+
+    Compiled they gain with dropout alone, whose mask is an op of ours that no compiler fuses; without it the size would
+    be a guard of the graph for nothing.
+    """
+    if not support.is_ordinary(x) and not (dropout_p and torch.compiler.is_compiling()):
+        return False
     elements = x.numel()
     if dropout_p:
         return elements < support.MIN_CPU_DROPOUT_ELEMENTS

@@ -384,9 +384,9 @@ def _leaves_nothing_out(query: Tensor, key: Tensor, attn_mask: Tensor | None, re
         return True
     if restricted:
         return False
-    if attn_mask is None or attn_mask.dim() == 1 or attn_mask.shape[-2] == 1:
+    if attn_mask is None or attn_mask.dim() == 1 or attn_mask.shape[-2] == 1 or attn_mask.stride(-2) == 0:
         return True
-    if not support.runs_plainly(query):
+    if not support.is_ordinary(query):
         return False
     mask = attn_mask.view((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
     first, last = seen_keys(mask[:, :, [0, -1]])
