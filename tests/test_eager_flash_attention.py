@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import peft_fast
 from peft_fast import reference
 from peft_fast.eager import flash_attention as flash
-from peft_fast.eager.prefix_attention import Options
+from peft_fast.eager.prefix_attention import Options, seen_keys
 from peft_fast.ops import prefix_attention
 from peft_fast.ops.prefix_attention import _as_usual
 from peft_fast.testing import assert_within_budget, prefix_attention_inputs, saved_bytes
@@ -144,15 +144,21 @@ def test_block_count(H_KV, S, count):
 
 
 def test_blocks_are_no_higher_than_a_window_or_what_was_packed():
-    seen = torch.block_diag(*[torch.ones(22, 22).bool().tril()] * 3)
+    packed = torch.block_diag(*[torch.ones(22, 22).bool().tril()] * 3)
     causal, window = Options(0, None, True, None, None, 0.25), Options(0, None, True, 9, None, 0.25)
+
+    def seen(mask):
+        return seen_keys(mask[None, None], 66)
+
+    assert [keys.tolist()[20:24] for keys in seen(packed)] == [[0, 0, 22, 22], [21, 22, 23, 24]]
     assert flash._span(causal, None) is None
-    assert flash._span(causal, seen) == 22
-    assert flash._span(window, None) == flash._span(window, seen) == 9
+    assert flash._span(causal, seen(packed)) == 22
+    assert flash._span(window, None) == flash._span(window, seen(packed)) == 9
     assert flash._span(window._replace(is_causal=False), None) is None  # later keys are all seen
-    assert flash._span(causal, torch.zeros(4, 1, dtype=torch.bool)) is None
-    assert flash._span(causal, torch.zeros(4, 4, dtype=torch.bool)) <= 0
-    assert flash.block_count(torch.empty(1, 8, 512, 4), torch.empty(1, 8, 512, 4), -4) == 8
+    assert seen(torch.ones(1, 66, dtype=torch.bool)) is None
+    assert flash._span(causal, seen(torch.ones(4, 1, dtype=torch.bool))) == 66
+    assert flash._span(causal, seen(torch.zeros(4, 66, dtype=torch.bool))) <= 0
+    assert flash.block_count(torch.empty(1, 8, 512, 4), torch.empty(1, 8, 512, 4), -66) == 8
 
 
 @pytest.mark.parametrize("name", ["query", "key", "value", "prefix_key", "dy", "mask"])

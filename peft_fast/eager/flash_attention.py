@@ -87,7 +87,7 @@ def _blocks(tensors: Tensors, options: Options) -> Iterator[tuple[slice, slice, 
     mask, seen = None, None
     if attn_mask is not None:
         mask = attn_mask.view((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
-        seen = seen_keys(mask)
+        seen = seen_keys(mask, T)
     added_to_all = _added(mask, query, P, T, options)
     joints = [
         torch.cat([prefix.to(own.dtype).expand(len(own), -1, -1, -1), own], dim=2)
@@ -103,14 +103,11 @@ def _blocks(tensors: Tensors, options: Options) -> Iterator[tuple[slice, slice, 
         yield rows, keys, key_block, value_block, added_rows
 
 
-def _span(options: Options, seen: Tensor | None) -> int | None:
+def _span(options: Options, seen: tuple[Tensor, Tensor] | None) -> int | None:
     """The most keys from the first that a row sees to its last, as far as that is less than all."""
     spans = [options.sliding_window] if options.sliding_window is not None and options.is_causal else []
-    if seen is not None and seen.shape[1] > 1:
-        columns = torch.arange(seen.shape[1], device="cpu")
-        first = torch.where(seen, columns, seen.shape[1]).amin(1)
-        last = torch.where(seen, columns, -1).amax(1)
-        spans.append(int((last - first + 1).max()))
+    if seen is not None:
+        spans.append(int((seen[1] - seen[0]).max()))
     return min(spans) if spans else None
 
 

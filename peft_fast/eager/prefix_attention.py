@@ -180,7 +180,7 @@ class _Call:
         self.options = options
         self.keep_scale = keep_scale(options.threshold) if options.threshold else 1.0
         self.mask: Tensor | None = None
-        self.seen: Tensor | None = None  # (S, T)
+        self.seen: tuple[Tensor, Tensor] | None = None
         if attn_mask is not None:
             self._take_mask(attn_mask)
         self.spaces: dict[str, Tensor] = {}
@@ -195,7 +195,7 @@ class _Call:
         folded = self.fold(mask) if mask.shape[1] > 1 else mask.unsqueeze(2).transpose(0, 1)
         self.mask = added(folded, self.wide)
         if mask.is_cpu:
-            self.seen = seen_keys(mask, gated=self.gate is not None)
+            self.seen = seen_keys(mask, self.key.shape[2], gated=self.gate is not None)
 
     def chunks(self) -> Iterator[tuple[_Chunk, Dropped | None]]:
         """The chunks of the call in their order, each with what dropout drops of it."""
@@ -335,15 +335,18 @@ def added(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.to(dtype)
 
 
-def seen_keys(mask: Tensor, *, gated: bool = False) -> Tensor | None:
-    """Which keys a row sees in some sequence and head, (S, T or 1), of a mask of four dimensions; None where all rows
-    see the same.
+def seen_keys(mask: Tensor, T: int, *, gated: bool = False) -> tuple[Tensor, Tensor] | None:
+    """The first key that each row sees in some sequence and head and the one past the last, (S,) each, of a mask of
+    four dimensions; T and 0 where it sees none. None where all rows see the same.
     """
-    if mask.shape[2] == 1:
+    if mask.shape[2] == 1 or T == 0:
         return None
     # With softmaxes apart, a row that has only the dtype's least value in its mask still attends.
     lowest = -torch.inf if gated or mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    return (mask if mask.dtype == torch.bool else ~(mask <= lowest)).any(1).any(0)  # what is no number is seen
+    seen = mask if mask.dtype == torch.bool else ~(mask <= lowest)  # what is no number is seen
+    seen = seen.flatten(0, 1).any(0).expand(-1, T)
+    columns = torch.arange(T, dtype=torch.int32, device="cpu")
+    return torch.where(seen, columns, T).amin(1), torch.where(seen, columns + 1, 0).amax(1)
 
 
 def hidden_keys(rows: slice, keys: slice, S: int, T: int, options: Options) -> Tensor | None:
@@ -358,7 +361,9 @@ def hidden_keys(rows: slice, keys: slice, S: int, T: int, options: Options) -> T
     return hidden if bool(hidden.any()) else None
 
 
-def row_blocks(S: int, T: int, height: int, options: Options, seen: Tensor | None) -> list[tuple[slice, slice]]:
+def row_blocks(
+    S: int, T: int, height: int, options: Options, seen: tuple[Tensor, Tensor] | None
+) -> list[tuple[slice, slice]]:
     """Equal blocks of at most `height` queries, each with the range of keys that one of them may see."""
     blocks = []
     for rows in _slices(S, -(-S // max(1, -(-S // height)))):
@@ -368,8 +373,9 @@ def row_blocks(S: int, T: int, height: int, options: Options, seen: Tensor | Non
         if options.sliding_window is not None:
             first = min(last, max(0, rows.start + T - S - options.sliding_window + 1))
         if seen is not None:
-            columns = seen[rows].any(0).expand(T).nonzero()
-            first, last = (max(first, int(columns[0])), min(last, int(columns[-1]) + 1)) if len(columns) else (0, 0)
+            seen_first, seen_last = int(seen[0][rows].min()), int(seen[1][rows].max())
+            nothing = seen_first >= seen_last
+            first, last = (0, 0) if nothing else (max(first, seen_first), min(last, seen_last))
         blocks.append((rows, slice(first, max(first, last))))
     return blocks
 

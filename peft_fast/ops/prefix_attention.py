@@ -389,8 +389,8 @@ def _leaves_nothing_out(query: Tensor, key: Tensor, attn_mask: Tensor | None, re
     if not support.is_ordinary(query):
         return False
     mask = attn_mask.view((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
-    first, last = seen_keys(mask[:, :, [0, -1]])
-    return torch.equal(first, last)
+    seen = seen_keys(mask[:, :, [0, -1]], key.shape[2])
+    return seen is None or all(int(keys[0]) == int(keys[1]) for keys in seen)
 
 
 def _as_usual(
