@@ -3,6 +3,7 @@
 import argparse
 import json
 import platform
+import re
 import statistics
 import sys
 import time
@@ -88,9 +89,17 @@ def main(doc: str | None, measure: Callable[[float], list[dict]], missed_bars: C
 
 def write_rows(path: Path, rows: list[dict]) -> None:
     where = {
-        "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "device": f"{_cpu()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(where | {"rows": rows}, indent=2) + "\n")
+
+
+def _cpu() -> str:
+    try:
+        names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:  # not Linux
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
