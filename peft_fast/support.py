@@ -28,12 +28,12 @@ BACKENDS = ("auto", "triton", "eager")
 # long. For LoRA it holds where no measurement of the call's shape does (`tuning`).
 MIN_GPU_ELEMENTS = 1 << 24
 
-# Below this many elements of x, seeding a generator twice costs the CPU more than its fast dropout saves.
-MIN_CPU_DROPOUT_ELEMENTS = 1 << 15
-
 # Below this many elements of the larger activation, a LoRA layer without dropout saves the CPU less than a function of
 # ours costs.
 MIN_CPU_ELEMENTS = 1 << 17
+
+# Below this many elements of x, seeding a generator twice costs the CPU more than its fast dropout saves.
+MIN_CPU_DROPOUT_ELEMENTS = 1 << 15
 
 # The same for a dropout module, which has no matmul beside it; twice as many where masks are made from bytes.
 MIN_CPU_MODULE_ELEMENTS = 1 << 16
@@ -150,13 +150,7 @@ def runs_plainly(x: Tensor) -> bool:
 
     `is_compiling` alone does not tell: it is False under `FakeTensorMode` and `make_fx`.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) in PLAIN_TENSORS
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not in_transform()
-        and not is_batched(x)
-    )
+    return is_ordinary(x) and torch._C._len_torch_dispatch_stack() == 0 and not is_batched(x)
 
 
 def is_ordinary(x: Tensor) -> bool:
