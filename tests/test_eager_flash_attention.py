@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import peft_fast
+from models import Watching
 from peft_fast import reference
 from peft_fast.eager import flash_attention as flash
 from peft_fast.eager.prefix_attention import Options, seen_keys
@@ -207,10 +207,6 @@ def test_a_watched_forward_and_its_repetition_choose_alike(use_reentrant):
     inputs = prefix_attention_inputs(2, 8, 2, 300, 300, 16, 16)
     leaves = [leaf.requires_grad_() for leaf in inputs.leaves().values()]
     mask = (torch.arange(300) < 290).expand(1, 1, 300, 300).contiguous()
-
-    class Watching(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            return function(*args, **(kwargs or {}))
 
     def call(*tensors):
         return prefix_attention(*tensors, attn_mask=mask)

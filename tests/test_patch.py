@@ -9,12 +9,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners import lora
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification
 
 import peft_fast
 from models import (
+    Watching,
     assert_same_step,
     batch,
     bert,
@@ -83,11 +83,6 @@ def test_small_calls_compute_what_stock_does_to_the_bit(name, dropout_p, dtype):
     assert states(patched) == {"fused"}
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[key], value) for key, value in expected.items())
-
-
-class Watching(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("how", ["plain", "saved", "reentrant", "watched", "watched reentrant", "autocast"])

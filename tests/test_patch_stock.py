@@ -42,6 +42,26 @@ class TestStockRuns:
             logits = model(**batch()).logits
         assert torch.equal(logits, model.unload()(**batch()).logits)
 
+    @pytest.mark.parametrize("autocast", [False, True])
+    def test_casting_of_the_input_switched_off(self, autocast):
+        """Under autocast stock then casts the input to its dtype alone, not to the factors' before."""
+        stock = lora_layers(lora_model())[0]
+        for factors in (stock.lora_A, stock.lora_B):
+            factors.to(torch.bfloat16 if autocast else torch.float32)
+        if not autocast:
+            stock.base_layer.to(torch.bfloat16)
+        stock.cast_input_dtype_enabled = False
+        patched = patched_copy(stock)
+        x = torch.randn(8, 32, dtype=torch.float32 if autocast else torch.bfloat16)
+        with torch.autocast("cpu", dtype=torch.float16, enabled=autocast):
+            if autocast:
+                assert torch.equal(patched(x), stock(x))
+            else:  # the dtypes do not fit, in either
+                for layer in (patched, stock):
+                    with pytest.raises(RuntimeError, match="dtype"):
+                        layer(x)
+        assert peft_fast.report(patched).rows[0].reason == "last call: casting of the input is switched off"
+
     def test_merged(self):
         stock = lora_model()
         patched = patched_copy(stock)

@@ -3,8 +3,8 @@
     y = softmax(scale · q [Kp; K]ᵀ + mask) [Vp; V], its gradients from y and the log-sum-exp of the rows
 
 A block of rows meets the prefix, which every row sees, and the keys that one of its rows sees: in four blocks, under a
-causal mask, five eighths of the own keys' part of one call over all of them. Kept for backward are the caller's tensors, y and lse;
-the copies of the prefix in front of the keys are made again.
+causal mask, five eighths of the sequence's part of one call over all keys. Kept for backward are the caller's tensors,
+y and lse; the copies of the prefix in front of the keys are made again.
 """
 
 from collections.abc import Iterator, Sequence
