@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
 from peft_fast import tuning
-from peft_fast.eager.dropout import BYTES_FROM, draws_one_by_one
+from peft_fast.eager.dropout import draws_one_by_one
 from peft_fast.reference import drop_threshold
 
 PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -35,7 +35,7 @@ MIN_CPU_ELEMENTS = 1 << 17
 # Below this many elements of x, seeding a generator twice costs the CPU more than its fast dropout saves.
 MIN_CPU_DROPOUT_ELEMENTS = 1 << 15
 
-# The same for a dropout module, which has no matmul beside it; twice as many where masks are made from bytes.
+# The same for a dropout module, which has no matmul beside it.
 MIN_CPU_MODULE_ELEMENTS = 1 << 16
 
 # Below this many elements of x the usual torch calls are as fast as the bottleneck adapter's own function.
@@ -331,8 +331,7 @@ def fusable_dropout(module: nn.Dropout, x: Tensor) -> int:
     )
     if not fusable or x.numel() < MIN_CPU_MODULE_ELEMENTS:
         return 0
-    threshold = drop_threshold(module.p)
-    return 0 if threshold >= BYTES_FROM and x.numel() < 2 * MIN_CPU_MODULE_ELEMENTS else threshold
+    return drop_threshold(module.p)
 
 
 def fusable_attention_dropout(

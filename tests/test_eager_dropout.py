@@ -7,7 +7,7 @@ from peft_fast import eager, reference
 from peft_fast.eager import dropout
 
 # One rate of each kind: points alone, and bytes with points for the rest.
-RATES = pytest.mark.parametrize("p", [0.1, 0.3])
+RATES = pytest.mark.parametrize("p", [0.03, 0.3])
 
 
 def dropped(p: float, seed: int, M: int, K: int) -> torch.Tensor:
@@ -21,7 +21,6 @@ def assert_rate(rates: torch.Tensor, p: float, n: int) -> None:
 
 @pytest.mark.parametrize("p", [2**-16, 0.01, 0.1, 0.125, 0.3, 0.5, 0.9], ids=str)
 def test_rate(p):
-    # Points are drawn for pieces of 2^16 elements, and then for the rest.
     for M, K in (4096, 1024), (999, 1001):
         assert_rate(dropped(p, 2, M, K).mean(), p, M * K)
 
@@ -33,13 +32,12 @@ def test_rate_per_column_modulo_eight(p):
 
 
 @RATES
-def test_rate_per_piece(p):
-    # Pieces of 2^16 elements draw their own points, and the rest after them: here three and 20000 elements.
+def test_rate_along_a_block(p):
+    # A block draws its points at once; a word picks one of a number of elements that is no power of two.
     n, masks = 3 * 2**16 + 20_000, 200
     rates = torch.stack([dropped(p, seed, 1, n)[0] for seed in range(masks)]).mean(0)
-    pieces = [piece.mean() for piece in rates.split(2**16)]
-    assert_rate(torch.stack(pieces), p, masks * 20_000)
-    assert_rate(rates, p, masks)
+    pieces = [piece.mean() for piece in rates.split(2**8)]
+    assert_rate(torch.stack(pieces), p, masks * (n % 2**8))
 
 
 @RATES
@@ -73,9 +71,9 @@ def test_seeds_give_independent_masks(p, other):
 
 
 @RATES
-@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 7), (2000, 384), (5, 600_000)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 7), (3000, 384), (3, 1_200_000)], ids=str)
 def test_blocks_are_the_mask(p, shape):
-    # (2000, 384) spans two blocks, and each row of (5, 600000) is one.
+    # (3000, 384) spans two blocks, and each row of (3, 1200000) is one.
     seed, threshold = torch.tensor([11]), reference.drop_threshold(p)
     mask = eager.dropout_mask(seed, shape, threshold)
     x = torch.randn(shape[::-1]).t()

@@ -90,12 +90,36 @@ def test_gradients_of_the_factors_are_dense(R, dropout_p):
 
 
 @pytest.mark.parametrize("intel", [False, True])
+@pytest.mark.parametrize("K", [384, 2112], ids=["cached", "batched"])  # on either side of what Intel's caches hold
 @pytest.mark.parametrize("R", [8, 48])
-def test_products_of_tall_matrices_on_either_vendors_cpu(R, intel, monkeypatch):
+def test_products_of_tall_matrices_on_either_vendors_cpu(R, K, intel, monkeypatch):
     monkeypatch.setattr(matmul, "is_intel", lambda: intel)
     draw = torch.Generator().manual_seed(0)
-    s, x = torch.randn(512, R, generator=draw), torch.randn(512, 384, generator=draw)
+    s, x = torch.randn(512, R, generator=draw), torch.randn(512, K, generator=draw)
     assert_within_budget(matmul.tall_mm(s, x, ""), s.double().t() @ x.double(), s.t() @ x, length=512)
+
+
+@pytest.mark.parametrize("intel", [False, True])
+@pytest.mark.parametrize("K", [384, 2112], ids=["cached", "batched"])
+@pytest.mark.parametrize("R", [2, 8, 12])
+def test_products_with_narrow_factors_on_either_vendors_cpu(R, K, intel, monkeypatch):
+    monkeypatch.setattr(matmul, "is_intel", lambda: intel)
+    draw = torch.Generator().manual_seed(0)
+    x, factor = torch.randn(512, K, generator=draw), torch.randn(K, R, generator=draw)
+    for laid_out in (factor, factor.t().contiguous().t()):  # B's rows, and A's
+        product = matmul.narrow_mm(x, laid_out, 0.5, "")
+        assert_within_budget(product, 0.5 * x.double() @ factor.double(), 0.5 * (x @ factor), length=K)
+
+
+@pytest.mark.parametrize("R", [8, 48])
+@pytest.mark.parametrize("strided", [False, True])
+def test_a_large_result_takes_its_bias_as_one_more_rank(R, strided):
+    M, K, N = 1024, 128, 520
+    assert M * N >= matmul.BIASED_ELEMENTS
+    inputs = lora_linear_inputs(M, K, N, R)
+    if strided:
+        inputs.bias = torch.stack([inputs.bias, inputs.bias], 1)[:, 0]
+    assert_op_within_budget(inputs, "eager")
 
 
 @pytest.mark.parametrize(("text", "intel"), [("vendor_id : GenuineIntel", True), ("vendor_id : AuthenticAMD", False)])

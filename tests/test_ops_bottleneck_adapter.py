@@ -136,7 +136,23 @@ def test_no_features_as_the_usual_modules(backend, residual_after_norm, K, N):
 
 
 def test_several_dropout_blocks():
-    assert_op_within_budget("eager", bottleneck_adapter_inputs(1500, 400, 8), dropout_p=0.3, activation="gelu_new")
+    assert_op_within_budget("eager", bottleneck_adapter_inputs(2700, 400, 8), dropout_p=0.3, activation="gelu_new")
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mean", [0.0, 0.4, 30.0])
+def test_rows_far_off_centre(mean, dtype, dropout_p, monkeypatch):
+    """In deviations of a row. From half of one on, what the norm made is made again: summed first, x would cancel."""
+    inputs = bottleneck_adapter_inputs(300, 160, 24, dtype=dtype, factor_dtype=torch.float32, norm_before=True)
+    inputs.x.copy_((inputs.x - inputs.x.mean(1, keepdim=True)) / inputs.x.std(1, keepdim=True) + mean)
+    made = []
+    monkeypatch.setattr(torch, "native_layer_norm", lambda *args: made.append(0) or layer_norm(*args))
+    assert_op_within_budget("eager", inputs, dropout_p=dropout_p, activation="gelu")
+    assert len(made) == (1 if mean < 0.5 else 2)
+
+
+layer_norm = torch.native_layer_norm
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
@@ -194,9 +210,10 @@ def test_strides(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("residual", ["x", "other"])
-def test_each_gradient_alone(backend, residual):
+@pytest.mark.parametrize("K", [12, 160], ids=["off centre", "centred"])
+def test_each_gradient_alone(backend, residual, K):
     options = {"norm_before": True, "norm_after": True, "learned_scaling": True, "residual": residual}
-    inputs = bottleneck_adapter_inputs(20, 12, 3, dtype=torch.float64, **options)
+    inputs = bottleneck_adapter_inputs(20, K, 3, dtype=torch.float64, **options)
     call = {"dropout_p": 0.25, "seed": torch.tensor([SEED])}
     keep_mask = mask_of(backend, inputs, 0.25)
     for name, leaf in inputs.leaves().items():

@@ -89,7 +89,7 @@ def test_sizes(backend, M, K, N, R):
 
 
 def test_several_dropout_blocks():
-    assert_op_within_budget(lora_linear_inputs(1500, 400, 32, 4), "eager", dropout_p=0.3)
+    assert_op_within_budget(lora_linear_inputs(2700, 400, 32, 4), "eager", dropout_p=0.3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -439,7 +439,7 @@ def test_explicit_triton_never_falls_back(monkeypatch):
         lora_linear(inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b)
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.03, 0.1])
 def test_passes_over_the_activations(dropout_p):
     """What the CPU is asked for: the calls that touch a whole x, y, dx or dy. Time is not asserted here."""
     from torch.profiler import ProfilerActivity, profile
@@ -452,7 +452,7 @@ def test_passes_over_the_activations(dropout_p):
         torch.autograd.grad(y, leaves, inputs.dy)
 
     def is_activation(shape):
-        return len(shape) >= 2 and math.prod(shape) >= M * N
+        return math.prod(shape) >= M * N
 
     calls = [event.name for event in recorded.events() if any(map(is_activation, event.input_shapes))]
     matmuls = {"mm", "bmm", "baddbmm", "addmm", "addmm_"}
@@ -461,7 +461,8 @@ def test_passes_over_the_activations(dropout_p):
     # Forward s, y; backward dB, ds, dA, dx: eight products, of which two small ones do not read an activation.
     products = sum(counts.pop(name, 0) for name in matmuls)
     assert products == 6
-    # The bias is copied into y as F.linear does. Dropout copies x twice, to write zeros into it; where it drops much
-    # it makes a mask twice and masks x twice and dx once.
-    expected = {0.0: {"copy_": 1}, 0.1: {"copy_": 3}, 0.3: {"copy_": 3, "ge_": 2, "mul": 2, "mul_": 1}}
+    # The bias is copied into y as F.linear does. Dropout casts a mask twice, and masks x twice and dx once; where it
+    # drops more than a few elements, their bytes are compared too.
+    masked = {"copy_": 3, "mul": 2, "mul_": 1}
+    expected = {0.0: {"copy_": 1}, 0.03: masked, 0.1: masked | {"ge_": 2}}
     assert counts == expected[dropout_p]

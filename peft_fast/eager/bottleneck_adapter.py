@@ -10,6 +10,8 @@
 Kept from forward are x, z and the rows' statistics. With dropout v is made again for LN_after's gradient, unless its
 residual is a tensor of its own, which would have to be kept instead. Without dropout v is kept, as the usual modules
 keep it: there the matmul would cost what nothing else makes up for.
+LN_before(x) is not: where x is about centred, its product with dz is that of x less the rows' means, and what the
+norm's own parameters get is made of that small product too.
 What else has x's size is made in blocks of rows that stay in the cache, and again in backward. Without dropout,
 LN_before and casts there is no such tensor: the residual is where the matmul accumulates, all rows are one block.
 """
@@ -26,6 +28,9 @@ from peft_fast.eager.matmul import cast, narrow_mm, tall_mm, wide_dtype
 from peft_fast.reference import ACTIVATIONS, keep_scale
 
 Norm = tuple[Tensor, Tensor]
+
+# Of standard deviations, how far off zero the mean of a row is in what counts as centred.
+CENTRED = 0.5
 
 _aten = torch.ops.aten
 
@@ -124,7 +129,8 @@ def adapter_bwd(
     down, up, up_bias = (_cast(p, wide) for p in (down_weight, up_weight, up_bias))
     norm_before, norm_after = _cast_norm(norm_before, wide), _cast_norm(norm_after, wide)
     z, mean_before, rstd_before, mean_after, rstd_after, v = saved
-    whole = bool(traced) or (x.dtype is wide and not (norm_before or threshold))
+    centred = norm_before is not None and not traced and _is_centred(mean_before, rstd_before)
+    whole = bool(traced) or (x.dtype is wide and (centred or not norm_before) and not threshold)
     height = M if whole else _height(M, N, threshold)
     dx, d_residual = _Rows(M, height), _Rows(M, height)
     sums: dict[str, Any] = {}
@@ -165,13 +171,15 @@ def adapter_bwd(
         else:
             da = narrow_mm(dt, up, number * keep, traced)
         dz = ACTIVATION_GRADS[activation](da, z_rows)
-        if "down_bias" in needs:
+        if centred or "down_bias" in needs:
             add_sum("down_bias", dz.sum(0))
         h = cast(x[rows], wide)
         if norm_before and needs & {"x", "norm_before"}:
-            d, *sides = _norm_grad(torch.mm(dz, down), h, norm_before, mean_before[rows], rstd_before[rows])
-            add_sum("norm_before_weight", sides[0])
-            add_sum("norm_before_bias", sides[1])
+            stats = mean_before[rows], rstd_before[rows]
+            d, *sides = _norm_grad(torch.mm(dz, down), h, norm_before, *stats, parameters=not centred)
+            if not centred:
+                add_sum("norm_before_weight", sides[0])
+                add_sum("norm_before_bias", sides[1])
             if residual is x:
                 place = dx.rows(rows, dy, K) if dy.dtype is wide else None
                 d = _add(d, skip, traced) if place is None else torch.add(d, skip, out=place)
@@ -179,11 +187,19 @@ def adapter_bwd(
         elif "x" in needs:
             d = torch.addmm(skip, dz, down) if residual is x else torch.mm(dz, down)
             dx.put(rows, cast(d, dy.dtype))
-        if "down_weight" in needs:
+        if centred:  # dzᵀ (x - mean) rstd
+            dz = dz * rstd_before[rows]
+            add_sum("normalized", tall_mm(dz, h, traced).sub_(torch.mm(dz.t(), mean_before[rows])))
+        elif "down_weight" in needs:
             if norm_before:
                 h = torch.native_layer_norm(h, (K,), *norm_before, eps)[0]
             add_product("down_weight", dz, h)
 
+    if norm_before and "normalized" in sums:
+        weight, bias = norm_before
+        sums["norm_before_weight"] = (sums["normalized"] * down).sum(0)
+        sums["norm_before_bias"] = torch.mv(down.t(), sums["down_bias"])
+        sums["down_weight"] = sums["normalized"].mul_(weight).addr_(sums["down_bias"], bias)
     grads: dict[str, Any] = {"x": dx.value, "residual": d_residual.value}
     if "scaling" in needs:
         grads["scaling"] = (
@@ -191,7 +207,8 @@ def adapter_bwd(
         )
     for name in ("up_weight", "up_bias"):
         if name in needs:
-            grads[name] = (sums[name].t() if name == "up_weight" else sums[name]) * (number * keep)
+            grad = sums[name].t() if name == "up_weight" else sums[name]
+            grads[name] = grad if isinstance(number, float) and number * keep == 1 else grad * (number * keep)
     for name in ("norm_before", "norm_after"):
         grads[name] = sums.get(f"{name}_weight"), sums.get(f"{name}_bias")
     return {name: grads[name] if name in grads else sums[name] for name in needs}
@@ -268,9 +285,18 @@ def _expand(
     return t.mul_(scale) if residual is None else torch.add(residual, t, alpha=scale, out=out)
 
 
-def _norm_grad(dy: Tensor, x: Tensor, norm: Norm, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _norm_grad(
+    dy: Tensor, x: Tensor, norm: Norm, mean: Tensor, rstd: Tensor, *, parameters: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x and of the norm's weight and bias."""
-    return _aten.native_layer_norm_backward(dy, x, (x.shape[1],), mean, rstd, *norm, (True, True, True))
+    return _aten.native_layer_norm_backward(dy, x, (x.shape[1],), mean, rstd, *norm, (True, parameters, parameters))
+
+
+def _is_centred(mean: Tensor, rstd: Tensor) -> bool:
+    """Whether the mean of each row is so far below its deviation that x may be summed first and the mean be taken off
+    the sum: that rounds up to sqrt(1 + (mean · rstd)²) times as much as to sum x - mean.
+    """
+    return mean.numel() > 0 and float((mean * rstd).abs().max()) <= CENTRED
 
 
 def _cast(parameter: Tensor | None, dtype: torch.dtype) -> Any:

@@ -16,6 +16,8 @@ from torch import Tensor
 NARROW = range(2, 16)
 WIDE = 32
 BATCHED_ELEMENTS = 1 << 16
+INTEL_BATCHED_ELEMENTS = 1 << 20
+BIASED_ELEMENTS = 1 << 19
 ONE_DNN_PRODUCTS = 1 << 27
 
 
@@ -32,7 +34,8 @@ def narrow_mm(x: Tensor, factor: Tensor, scale: Any, traced: str) -> Tensor:
     """scale · x F; x (M, K), F (K, R).
 
     A number is the matmul's alpha, since multiplying by one costs as much as two small matmuls. Where R is below 16,
-    batches of rows take two thirds of the time of one product, as Fᵀ xᵀ.
+    batches of rows take two thirds of the time of one product, as Fᵀ xᵀ; with Fᵀ dense, which on Intel's CPUs takes
+    half the time.
     """
     (M, K), R = x.shape, factor.shape[1]
     narrow = R in NARROW and (traced or M * K >= BATCHED_ELEMENTS)  # a graph must not depend on M
@@ -41,9 +44,10 @@ def narrow_mm(x: Tensor, factor: Tensor, scale: Any, traced: str) -> Tensor:
     ignored = x.new_empty(1)
     if not narrow:
         return torch.addmm(ignored, x, factor, beta=0, alpha=scale)
+    factor_t = factor.t().contiguous()
     if not (batches := _batches(x, 8, 32)):
-        return torch.addmm(ignored, factor.t(), x.t(), beta=0, alpha=scale).t()
-    a, b = factor.t().expand(batches, R, K), x.view(batches, -1, K).transpose(1, 2)
+        return torch.addmm(ignored, factor_t, x.t(), beta=0, alpha=scale).t()
+    a, b = factor_t.expand(batches, R, K), x.view(batches, -1, K).transpose(1, 2)
     return torch.baddbmm(ignored, a, b, beta=0, alpha=scale).transpose(1, 2).reshape(M, R)
 
 
@@ -63,8 +67,10 @@ def tall_mm(s: Tensor, x: Tensor, traced: str) -> Tensor:
 
 def _batches(x: Tensor, each: int, least: int) -> int:
     """A power of two of equal batches of at least `least` rows, at most `each` for each thread of the CPU and at least
-    one; 0 where there is none.
+    one; 0 where there is none, and on Intel's CPUs where x fits into their larger caches.
     """
+    if x.numel() <= INTEL_BATCHED_ELEMENTS and is_intel():
+        return 0
     rows, threads = x.shape[0], torch.get_num_threads()
     batches = 1 << (each * threads).bit_length() - 1
     while rows % batches or rows < least * batches:
@@ -81,7 +87,13 @@ def linear_plus(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, facto
     """
     if _takes_one_dnn(x, weight, traced):
         return _one_dnn_linear(x, weight, bias).addmm_(s, factor)
-    y = torch.mm(s, factor) if bias is None else torch.addmm(bias, s, factor)
+    if bias is None:
+        y = torch.mm(s, factor)
+    elif traced or x.shape[0] * factor.shape[1] < BIASED_ELEMENTS:
+        y = torch.addmm(bias, s, factor)
+    else:
+        ones = s.new_ones(()).expand(len(s), 1)
+        y = torch.mm(torch.cat([s, ones], 1), torch.cat([factor.t(), bias[:, None]], 1).t())
     return torch.addmm(y, x, weight.t()) if traced else y.addmm_(x, weight.t())
 
 
