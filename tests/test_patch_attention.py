@@ -170,7 +170,11 @@ def calls(monkeypatch):
 def nothing_dropped(monkeypatch):
     monkeypatch.setattr(F, "dropout", lambda input, *args, **kwargs: input)
     monkeypatch.setattr(support, "fusable_dropout", lambda *args: 0)
-    monkeypatch.setattr(eager.attention_dropout, "dropped_blocks", lambda *args: ())
+    monkeypatch.setattr(
+        eager.attention_dropout,
+        "dropped_blocks",
+        lambda seed, shape, threshold: [(slice(None), eager.dropout.Dropped(torch.ones(shape, dtype=torch.int8)))],
+    )
     monkeypatch.setattr(eager.attention_dropout, "keep_scale", lambda threshold: 1.0)
 
 

@@ -15,8 +15,7 @@ def dropped_attention_fwd(
     if bias is not None:
         logits += bias
     p = torch.softmax(logits, -1, out=logits)
-    weights = p.clone()
-    _drop_(seed, threshold, weights)
+    weights = _dropped(p, seed, threshold)
     y = _product(_matrices(weights), _matrices(value), keep_scale(threshold))
     return y.view(query.shape), p
 
@@ -40,13 +39,13 @@ def dropped_attention_bwd(
     need_query, need_key, need_value = needs
     Z, H, _, DH = dy.shape
     keep = keep_scale(threshold)
-    weights, dy = p.clone(), _matrices(dy)
+    dy = _matrices(dy)
     dq = dk = dv = None
     if query is None or key is None or value is None:
-        _drop_(seed, threshold, weights)
+        weights = _dropped(p, seed, threshold)
     else:
         dp = _product(dy, _matrices(value).mT, keep).view(p.shape)
-        _drop_(seed, threshold, weights, dp)
+        weights = _dropped(p, seed, threshold, dp)
         ds = _matrices(torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp))
         if need_query:
             dq = _product(ds, _matrices(key), scale).view(query.shape)
@@ -57,12 +56,15 @@ def dropped_attention_bwd(
     return dq, dk, dv
 
 
-def _drop_(seed: Tensor, threshold: int, *tensors: Tensor) -> None:
-    """Set to zero what the seed drops of tensors (Z, H, S, T)."""
-    matrices = [tensor.view(-1, tensor.shape[-1]) for tensor in tensors]
-    for rows, dropped in dropped_blocks(seed, matrices[0].shape, threshold):
-        for matrix in matrices:
-            dropped.mask_(matrix[rows])
+def _dropped(p: Tensor, seed: Tensor, threshold: int, dp: Tensor | None = None) -> Tensor:
+    """mask ∘ p, new, of p (Z, H, S, T); dp = mask ∘ dp in place."""
+    weights = torch.empty_like(p)
+    p_rows, rows_of_weights, dp_rows = (t if t is None else t.view(-1, t.shape[-1]) for t in (p, weights, dp))
+    for rows, dropped in dropped_blocks(seed, p_rows.shape, threshold):
+        dropped.masked(p_rows[rows], out=rows_of_weights[rows])
+        if dp_rows is not None:
+            dropped.mask_(dp_rows[rows])
+    return weights
 
 
 def _matrices(tensor: Tensor) -> Tensor:

@@ -39,9 +39,9 @@ class Dropped:
     def __init__(self, keep: Tensor) -> None:
         self.keep = keep
 
-    def masked(self, x: Tensor) -> Tensor:
-        """mask ∘ x, contiguous and new."""
-        return torch.mul(self._keep(x), x)
+    def masked(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """mask ∘ x, contiguous and new, or in `out`."""
+        return torch.mul(self._keep(x), x, out=out)
 
     def mask_(self, x: Tensor) -> None:
         """x = mask ∘ x in place; x contiguous."""
