@@ -67,6 +67,7 @@ def _over_rows(a: Any, products: int) -> tuple[int, int, int]:
 
 
 def _forward(a: Any) -> Cost:
+    assert not a.IN_PARTS, "no closed form in parts"
     queries = a.Z * a.H_KV * a.GROUP * a.S
     q = queries * a.DH * size(a.q_ptr)
     read, asked, flops = _over_rows(a, products=2)

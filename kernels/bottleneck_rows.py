@@ -25,8 +25,8 @@ def adapter_tile(x: Tensor, weight: Tensor, R: int, norm_before: bool, norm_afte
     if kind == "interpreter":
         return Tile(32, 128, 0, 64, 4, 1)
     if x.element_size() > 2:
-        # With 32 columns sm_80's ptxas gives the kernels without LN_after 48 registers and spills.
-        wide = kind == "sm80" and x.dtype is torch.float32 and not norm_after
+        # With 32 columns ptxas gives the kernels without LN_after 40 or 48 registers there and spills.
+        wide = kind in ("sm80", "sm86") and x.dtype is torch.float32 and not norm_after
         return Tile(32, 64 if wide else 32, 0, 16, 8, 1)
     mixed = weight.dtype != x.dtype
     if kind == "sm90":
@@ -42,12 +42,13 @@ def adapter_tile(x: Tensor, weight: Tensor, R: int, norm_before: bool, norm_afte
     if not norm_after:
         # Triton 3.7 fails to compile backward's sums over rows beside tcgen05, which takes 64 rows: 32 take mma.sync.
         rows = 32 if kind == "sm100" else 64
-        # 8 warps get 80 registers of sm_80's ptxas where the rank is small, and spill.
-        return Tile(rows, 64, 0, 32 if mixed else 128, 4 if kind == "sm80" and R <= 16 and not mixed else 8, 2)
+        # 8 warps get 80 registers of ptxas there where the rank is small, and spill.
+        few = kind in ("sm80", "sm86") and R <= 16 and not mixed
+        return Tile(rows, 64, 0, 32 if mixed else 128, 4 if few else 8, 2)
     # h is alive beside its gradient.
     if mixed:
         return Tile(32 if kind == "sm100" else 64, 32, 0, 32, 8, 2)
-    return Tile(32, 32, 0, 64 if kind == "sm80" and x.dtype is torch.float16 else 128, 8, 2)
+    return Tile(32, 32, 0, 64 if kind in ("sm80", "sm86") and x.dtype is torch.float16 else 128, 8, 2)
 
 
 @triton.jit

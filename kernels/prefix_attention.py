@@ -35,7 +35,7 @@ from . import vendor_attention
 from ._launch import Plan, Tile, by_layout, cdiv, chip, needs_int64, next_power_of_2, precision, unit
 from .partial_sums import accumulator_dtype, chunks, sums
 from .prefix_backward import attention_dkv_kernel, attention_dq_kernel
-from .prefix_forward import attention_fwd_kernel, attention_mask_kernel
+from .prefix_forward import attention_fwd_kernel, attention_mask_kernel, attention_merge_kernel
 from .prefix_tile import OWN, PREFIX
 
 
@@ -54,6 +54,12 @@ def _empty_heads(like: Tensor) -> Tensor:
 def _in_heads(x: Tensor) -> Tensor:
     """x in that layout, copied only where it has another one."""
     return x if x.transpose(1, 2).is_contiguous() else _empty_heads(x).copy_(x)
+
+
+# Of the own keys, in one of the parts that calls of few queries take, so that there are programs enough; a multiple of
+# every block of keys. No device has timed it.
+_LEAST_KEYS = 256
+_MERGED_ROWS = 4
 
 
 def _block(length: int, most: int, least: int) -> int:
@@ -170,7 +176,7 @@ class _Layout:
         self.block_d = max(16, next_power_of_2(self.DH))
         # A window as long as both sequences hides nothing; neither does a longer one, which 32 bits may not hold.
         window = None if window is None else min(window, self.S + self.T)
-        self.sizes = (self.Z, self.S, self.T, self.P, self.H_KV, window)
+        self.sizes: tuple[int | None, ...] = (self.Z, self.S, self.T, self.P, self.H_KV, window)
         self.mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
         self.crowded = (mask is not None, softcap, gate)
         self.constants: dict[str, Any] = {
@@ -190,14 +196,20 @@ class _Layout:
     def row_block(self, tile: Tile) -> int:
         return _block(self.S * self.group, tile.rows, 16)
 
-    def by_rows(self, kernel: Any, tile: Tile, *numbers: int, tensors: tuple[Tensor, ...]) -> Plan:
-        """A plan with a program for each block of queries, key head and sequence."""
+    def programs(self, tile: Tile) -> int:
+        """One for each block of queries, key head and sequence."""
+        return cdiv(self.S * self.group, self.row_block(tile)) * self.H_KV * self.Z
+
+    def by_rows(
+        self, kernel: Any, tile: Tile, *numbers: int | None, parts: int = 1, tensors: tuple[Tensor, ...], **more: bool
+    ) -> Plan:
         rows = self.row_block(tile)
         return Plan(
             kernel,
-            (cdiv(self.S * self.group, rows) * self.H_KV * self.Z,),
+            (self.programs(tile), parts) if parts > 1 else (self.programs(tile),),
             *numbers,
             **self.constants,
+            **more,
             BLOCK_M=rows,
             BLOCK_N=tile.cols,
             BLOCK_P=_block(self.P, tile.cols, 32),
@@ -220,12 +232,40 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 @by_layout
-def _fwd_plan(*layout: Any) -> Plan:
-    """The last of `layout` is y, the others are what `_Layout` takes."""
-    *of_call, y = layout
-    call = _Layout(*of_call)
-    numbers = (*call.sizes, *_strides(*call.inputs), *call.mask_strides, *_strides(y))
-    return call.by_rows(attention_fwd_kernel, call.tile("fwd"), *numbers, tensors=(y,))
+def _fwd_plan(*layout: Any) -> tuple[Plan, int]:
+    """A plan, and the number of parts that the own keys are split into: of one, `part_keys` counts for nothing.
+
+    The last two of `layout` are whether they may be and y, the others are what `_Layout` takes.
+    """
+    *of_call, may_split, y = layout
+    call, parts, part_keys = _Layout(*of_call), 1, 0
+    tile, strides = call.tile("fwd"), _strides(y)
+    if may_split:
+        parts, part_keys = chunks(call.T, _LEAST_KEYS, call.programs(tile))
+    if parts > 1:
+        strides = [call.H * call.S * call.DH, call.S * call.DH, call.DH]
+    numbers = (*call.sizes, part_keys, *_strides(*call.inputs), *call.mask_strides, *strides)
+    return call.by_rows(attention_fwd_kernel, tile, *numbers, parts=parts, tensors=(y,), IN_PARTS=parts > 1), parts
+
+
+@by_layout
+def _merge_plan(part_y: Tensor, y: Tensor) -> Plan:
+    parts, Z, H, S, DH = part_y.shape
+    return Plan(
+        attention_merge_kernel,
+        (cdiv(Z * H * S, _MERGED_ROWS),),
+        parts,
+        Z * H * S,
+        H,
+        S,
+        *_strides(y),
+        DH=DH,
+        BLOCK_M=_MERGED_ROWS,
+        BLOCK_D=next_power_of_2(DH),
+        device=y.device,
+        num_warps=4,
+        num_stages=1,
+    )
 
 
 @by_layout
@@ -338,8 +378,15 @@ def attention_fwd(
     else:
         y, lse = _empty_heads(query), torch.empty(shape, dtype=accumulator_dtype(query.dtype), device=query.device)
         own = None, None
-    plan = _fwd_plan(*call.layout, y)
-    plan(*call.inputs, call.mask, call.gate, *own, y, lse, *call.factors, seed if threshold else None, threshold)
+    plan, parts = _fwd_plan(*call.layout, gate is None and own[0] is None, y)
+    outs = y, lse
+    if parts > 1:
+        outs = tuple(
+            torch.empty((parts, *out.shape[-n:]), dtype=lse.dtype, device=y.device) for out, n in ((y, 4), (lse, 3))
+        )
+    plan(*call.inputs, call.mask, call.gate, *own, *outs, *call.factors, seed if threshold else None, threshold)
+    if parts > 1:
+        _merge_plan(outs[0], y)(*outs, y, lse)
     return y, lse
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ._tl import accumulator, cast, dot, keep_rows, keep_scale, offsets, tile_ptrs
+from ._tl import accumulator, cast, dot, exp, keep_rows, keep_scale, offsets, tile_ptrs
 from .prefix_tile import (
     OWN,
     PREFIX,
@@ -59,6 +59,7 @@ def attention_fwd_kernel(
     P,
     H_KV,
     window,
+    part_keys,
     stride_qz,
     stride_qh,
     stride_qs,
@@ -84,6 +85,7 @@ def attention_fwd_kernel(
     MASK_BY_ROW: tl.constexpr,
     DH: tl.constexpr,
     GROUP: tl.constexpr,
+    IN_PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -94,6 +96,9 @@ def attention_fwd_kernel(
     PRECISION: tl.constexpr,
 ):
     """y and lse of one block of rows: the queries of the heads that share a key head.
+
+    IN_PARTS these are (parts, Z, H, S, DH), dense, and (parts, Z, H, S): each part has `part_keys` of the own keys, the
+    first one the prefix too, and `attention_merge_kernel` puts them together.
 
     lse (Z, H, S) is the joint one. With a gate it is (3, Z, H, S): of the own keys the largest logit and the log of the
     sum of exponentials below it, in the units of the logits, and the prefix's. Apart, since a mask of large negative
@@ -126,6 +131,13 @@ def attention_fwd_kernel(
     v_ptr += z * stride_vz + offsets(kv_head, stride_vh, UNIT, True)
     pk_ptr += offsets(kv_head, stride_pkh, UNIT, True)
     pv_ptr += offsets(kv_head, stride_pvh, UNIT, True)
+    prefix_end = P
+    if IN_PARTS:
+        part = tl.program_id(1)
+        prefix_end = P if part == 0 else 0
+        part_rows = part.to(tl.int64) * Z * (H_KV * GROUP * S)
+        y_ptr += part_rows * DH
+        lse_ptr += part_rows
 
     q_offs = offsets(h, stride_qh, UNIT, WIDE) + offsets(i, stride_qs, UNIT, WIDE)
     q = features(q_ptr + z * stride_qz, q_offs, valid, X_DTYPE, DH, BLOCK_D)
@@ -141,7 +153,7 @@ def attention_fwd_kernel(
         top = in_units(own_lse, BASE_2)
         total = tl.where(seen, 1.0, 0.0).to(DTYPE)
     if gate_ptr is None:
-        for col in range(0, P, BLOCK_P):
+        for col in range(0, prefix_end, BLOCK_P):
             p = col + tl.arange(0, BLOCK_P)
             k = features(pk_ptr, offsets(p, stride_pkp, UNIT, WIDE), p < P, X_DTYPE, DH, BLOCK_D)
             x, _ = logits(q, k, i, h, col, sizes, factors, mask, PREFIX, CONFIG)
@@ -150,6 +162,8 @@ def attention_fwd_kernel(
     if own_y_ptr is None:
         last = min(S - 1, ((block + 1) * BLOCK_M - 1) // GROUP)
         start, end = keys_seen(block * BLOCK_M // GROUP, last, sizes, CAUSAL, BLOCK_N)
+        if IN_PARTS:
+            start, end = max(start, part * part_keys), min(end, (part + 1) * part_keys)
         for col in range(start, end, BLOCK_N):
             j = col + tl.arange(0, BLOCK_N)
             k = features(k_ptr, offsets(j, stride_kt, UNIT, WIDE), j < T, X_DTYPE, DH, BLOCK_D)
@@ -193,6 +207,44 @@ def attention_fwd_kernel(
         acc *= keep_scale(threshold, DTYPE)
     y_offs = offsets(h, stride_yh, UNIT, WIDE) + offsets(i, stride_ys, UNIT, WIDE)
     store_features(y_ptr + z * stride_yz, y_offs, valid, acc, DH, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def attention_merge_kernel(
+    part_y_ptr,
+    part_lse_ptr,
+    y_ptr,
+    lse_ptr,
+    parts,
+    ROWS,
+    H,
+    S,
+    stride_yz,
+    stride_yh,
+    stride_ys,
+    DH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """y = Σ exp(lse_part - lse) y_part of rows, ROWS = Z·H·S of them, and lse = log Σ exp(lse_part), natural."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = rows < ROWS
+    top = tl.full((BLOCK_M,), float("-inf"), lse_ptr.dtype.element_ty)
+    for part in range(parts):
+        top = tl.maximum(top, tl.load(part_lse_ptr + part * ROWS + rows, mask=valid, other=float("-inf")))
+    base = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.zeros_like(top)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), top.dtype)
+    for part in range(parts):
+        at = part * ROWS + rows
+        weight = exp(tl.load(part_lse_ptr + at, mask=valid, other=float("-inf")) - base)
+        total += weight
+        acc += weight[:, None] * features(part_y_ptr, at * DH, valid, top.dtype, DH, BLOCK_D)
+    total = tl.where(total == 0, 1.0, total)
+    i, h, z = place(rows, S, H)
+    tl.store(lse_ptr + rows, top + logarithm(total, False), mask=valid)
+    y_offs = z * stride_yz + h * stride_yh + i * stride_ys
+    store_features(y_ptr, y_offs, valid, acc / total[:, None], DH, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["threshold"])

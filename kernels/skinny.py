@@ -88,7 +88,7 @@ def _skinny_tile(
     # Three terms of the factor are alive at once; without wgmma each warp holds them all in registers.
     if kind in ("sm90", "interpreter") or with_ds:
         return Tile(64, 128, 0, 64, 8, num_stages)
-    return Tile(32 if with_stats else 64, 64, 0, 32, 8, num_stages)
+    return Tile(32 if with_stats else 64, 64, 0, 32, 8, 2 if kind == "sm86" else num_stages)
 
 
 def reads_dy_once(dy: Tensor, factor: Tensor) -> bool:

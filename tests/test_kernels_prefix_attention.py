@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 
 from peft_fast import reference
-from peft_fast.kernels import _launch, prefix_attention
+from peft_fast.kernels import _launch, partial_sums, prefix_attention
 from peft_fast.kernels._launch import Tile, recording
 from peft_fast.kernels.prefix_attention import attention_bwd, attention_dropout_mask, attention_fwd
 from prefix_cases import DTYPES, SEED, arguments, assert_matches, make_case, run, seed_and_threshold
@@ -231,8 +231,65 @@ def test_bits_repeat(gate, device):
 def test_parts_of_several_blocks_of_rows(device, monkeypatch):
     chunks = prefix_attention.chunks
     monkeypatch.setattr(_launch, "_plans", {})
-    monkeypatch.setattr(prefix_attention, "chunks", lambda length, block, programs: chunks(length, 3, 128))
+    few = lambda length, block, programs: chunks(length, 3, 128) if block == 1 else (1, length)  # noqa: E731
+    monkeypatch.setattr(prefix_attention, "chunks", few)
     assert_matches(make_case(5, 2, 1, 40, 20, 5, 16, dtypes="fp32", p=0.1, device=device))
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """The numbers of parts that calls split the own keys into, of at least one block of keys each."""
+    made = []
+
+    def plan(*layout):
+        found = fwd_plan(*layout)
+        made.append(found[1])
+        return found
+
+    fwd_plan = prefix_attention._fwd_plan
+    monkeypatch.setattr(_launch, "_plans", {})
+    monkeypatch.setattr(prefix_attention, "_LEAST_KEYS", 128)
+    monkeypatch.setattr(prefix_attention, "_fwd_plan", plan)
+    return made
+
+
+# One query behind a cache, alone and of many heads; parts of which a row sees nothing, by a window, by padding, by a
+# causal mask; dropout, whose mask must not know of parts.
+@pytest.mark.parametrize(
+    ("Z", "H", "H_KV", "S", "T", "P", "DH", "options"),
+    [
+        (1, 1, 1, 1, 600, 5, 64, {"causal": True, "dtypes": "bf16"}),
+        (2, 8, 2, 1, 390, 16, 40, {"mask": "keys", "dtypes": "fp16-fp32"}),
+        (1, 4, 2, 40, 300, 5, 16, {"causal": True, "window": 90, "mask": "bool", "p": 0.1}),
+        (1, 2, 1, 150, 140, 70, 16, {"causal": True, "softcap": 4.0, "mask": "-inf"}),
+        (1, 2, 2, 3, 300, 5, 3, {"mask": "min", "dtypes": "fp64"}),
+    ],
+    ids=["decoding", "padding", "window", "causal", "fp64"],
+)
+def test_parts_of_the_keys(Z, H, H_KV, S, T, P, DH, options, parts, device):
+    assert_matches(make_case(Z, H, H_KV, S, T, P, DH, device=device, **options))
+    assert set(parts) == {-(-T // 128)}
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # numpy's, in the interpreter
+def test_a_row_that_is_no_number_keeps_to_itself_in_parts(parts, device):
+    case = make_case(1, 2, 1, 8, 300, 5, 16, device=device)
+    clean = run(case, {"query"})
+    case.inputs.query[0, 1, 3] = torch.nan
+    spoiled = run(case, {"query"})
+    assert parts == [3, 3]
+    for name, found in spoiled.items():
+        rows, expected = (x.reshape(16, -1) for x in (found, clean[name]))  # (H, S) of one sequence
+        assert rows[11].isnan().all(), name
+        others = torch.arange(16, device=device) != 11
+        assert torch.equal(rows[others], expected[others]), name
+
+
+def test_calls_of_many_programs_or_with_a_gate_are_not_split(parts, device, monkeypatch):
+    monkeypatch.setattr(partial_sums, "_PROGRAMS", 8)
+    run(make_case(3, 2, 2, 1, 300, 5, 16, device=device), {"query"})
+    run(make_case(1, 2, 1, 1, 300, 5, 16, device=device, gate=True), {"query"})
+    assert parts == [1, 1]
 
 
 # The mask depends on the element alone, so that any tiles see the same one.

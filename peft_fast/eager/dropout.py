@@ -86,10 +86,10 @@ def draws_one_by_one() -> bool:
 
 def dropout_mask(seed: Tensor, shape: Sequence[int], threshold: int) -> Tensor:
     """The mask that `seed` stands for: a boolean (M, K) tensor on seed's device, True where x is kept."""
-    mask = torch.ones(shape, dtype=torch.bool, device="cpu")
+    mask = torch.empty(shape, dtype=torch.int8, device="cpu")
     for rows, dropped in dropped_blocks(seed, shape, threshold):
-        dropped.mask_(mask[rows])
-    return mask.to(seed.device)
+        mask[rows] = dropped.keep.view(mask[rows].shape)
+    return mask.view(torch.bool).to(seed.device)
 
 
 def drop(x: Tensor, threshold: int, seed: Tensor, strides: Sequence[int] | None = None) -> Tensor:
