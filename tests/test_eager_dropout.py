@@ -33,11 +33,19 @@ def test_rate_per_column_modulo_eight(p):
 
 @RATES
 def test_rate_along_a_block(p):
-    # A block draws its points at once; a word picks one of a number of elements that is no power of two.
+    # Short pieces for where a word cannot reach, long ones for a slow drift; n is no power of two.
     n, masks = 3 * 2**16 + 20_000, 200
     rates = torch.stack([dropped(p, seed, 1, n)[0] for seed in range(masks)]).mean(0)
-    pieces = [piece.mean() for piece in rates.split(2**8)]
-    assert_rate(torch.stack(pieces), p, masks * (n % 2**8))
+    for length in (2**8, 2**12, 2**16):
+        *pieces, rest = [piece.mean() for piece in rates.split(length)]
+        assert_rate(torch.stack(pieces), p, masks * length)
+        assert_rate(rest, p, masks * (n % length))
+
+
+def test_points_of_a_long_row_come_in_pieces(monkeypatch):
+    monkeypatch.setattr(dropout, "POINTS_PIECE", 1000)
+    mask = dropped(0.03, 5, 400, 10_500)
+    assert_rate(mask.mean(0).unflatten(0, (21, 500)).mean(1), 0.03, 400 * 500)
 
 
 @RATES

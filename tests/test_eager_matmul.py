@@ -111,15 +111,41 @@ def test_products_with_narrow_factors_on_either_vendors_cpu(R, K, intel, monkeyp
         assert_within_budget(product, 0.5 * x.double() @ factor.double(), 0.5 * (x @ factor), length=K)
 
 
-@pytest.mark.parametrize("R", [8, 48])
+@pytest.fixture
+def biased(monkeypatch):
+    """How often a bias was more than an operand."""
+    calls = []
+    monkeypatch.setattr(torch, "addmm", lambda *args, **kwargs: calls.append(0) or addmm(*args, **kwargs))
+    return calls
+
+
+addmm = torch.addmm
+
+
 @pytest.mark.parametrize("strided", [False, True])
-def test_a_large_result_takes_its_bias_as_one_more_rank(R, strided):
-    M, K, N = 1024, 128, 520
+def test_a_large_result_takes_its_bias_as_one_more_rank(strided, biased):
+    M, K, N, R = 1024, 128, 520, 48
     assert M * N >= matmul.BIASED_ELEMENTS
     inputs = lora_linear_inputs(M, K, N, R)
-    if strided:
-        inputs.bias = torch.stack([inputs.bias, inputs.bias], 1)[:, 0]
-    assert_op_within_budget(inputs, "eager")
+    bias = torch.stack([inputs.bias, inputs.bias], 1)[:, 0] if strided else inputs.bias
+    s, factor = torch.randn(M, R), inputs.lora_b.t()
+    y = matmul.linear_plus(inputs.x, inputs.weight, bias, s, factor, "")
+    assert not biased
+    x, weight, bias, s, factor = (t.double() for t in (inputs.x, inputs.weight, bias, s, factor))
+    truth = x @ weight.t() + bias + s @ factor
+    expected = inputs.x @ inputs.weight.t() + inputs.bias + s.float() @ factor.float()
+    assert_within_budget(y, truth, expected, length=K + R)
+
+
+def test_a_bias_is_no_operand_of_products_that_round_it(biased):
+    tensors = torch.zeros(1024, 8), torch.zeros(520, 8), torch.ones(520), torch.zeros(1024, 2), torch.ones(2, 520)
+    precision = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        matmul.linear_plus(*tensors, "")
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = precision
+    assert biased
 
 
 @pytest.mark.parametrize(("text", "intel"), [("vendor_id : GenuineIntel", True), ("vendor_id : AuthenticAMD", False)])

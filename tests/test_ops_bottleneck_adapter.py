@@ -135,24 +135,54 @@ def test_no_features_as_the_usual_modules(backend, residual_after_norm, K, N):
         torch.testing.assert_close(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy))
 
 
-def test_several_dropout_blocks():
-    assert_op_within_budget("eager", bottleneck_adapter_inputs(2700, 400, 8), dropout_p=0.3, activation="gelu_new")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("norms", NORMS)
+def test_several_blocks(norms, dropout_p, dtype, monkeypatch):
+    monkeypatch.setattr(eager.dropout, "BLOCK_ELEMENTS", 4096)
+    inputs = bottleneck_adapter_inputs(300, 160, 8, dtype=dtype, factor_dtype=torch.float32, **NORMS[norms])
+    assert_op_within_budget("eager", inputs, dropout_p=dropout_p, activation="gelu_new")
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("mean", [0.0, 0.4, 30.0])
-def test_rows_far_off_centre(mean, dtype, dropout_p, monkeypatch):
-    """In deviations of a row. From half of one on, what the norm made is made again: summed first, x would cancel."""
+@pytest.mark.parametrize("mean", [0.0, 0.3, 0.6, 30.0])
+def test_rows_off_centre(mean, dtype, dropout_p, monkeypatch):
+    """In deviations of a row. Where that is much, what the norm made is made again: summed first, x would cancel."""
     inputs = bottleneck_adapter_inputs(300, 160, 24, dtype=dtype, factor_dtype=torch.float32, norm_before=True)
-    inputs.x.copy_((inputs.x - inputs.x.mean(1, keepdim=True)) / inputs.x.std(1, keepdim=True) + mean)
+    inputs.x.copy_(standardized(inputs.x) + mean)
     made = []
     monkeypatch.setattr(torch, "native_layer_norm", lambda *args: made.append(0) or layer_norm(*args))
     assert_op_within_budget("eager", inputs, dropout_p=dropout_p, activation="gelu")
     assert len(made) == (1 if mean < 0.5 else 2)
 
 
+@pytest.mark.parametrize("amplitude", [0.1, 0.01])
+def test_columns_that_the_norm_magnifies(amplitude):
+    inputs = bottleneck_adapter_inputs(1024, 160, 24, norm_before=True)
+    weight, _ = inputs.parameters["norm_before"]
+    weight[:80] = 1 / amplitude
+    inputs.x[:, :80] *= amplitude
+    inputs.x.copy_(standardized(inputs.x) + 0.4)
+    assert_op_within_budget("eager", inputs, activation="gelu")
+
+
+def test_a_frozen_norm_and_down_projection_cost_no_product_of_theirs(monkeypatch):
+    products = []
+    tall_mm = eager.bottleneck_adapter.tall_mm
+    monkeypatch.setattr(eager.bottleneck_adapter, "tall_mm", lambda *args: products.append(0) or tall_mm(*args))
+    inputs = bottleneck_adapter_inputs(64, 160, 8, norm_before=True)
+    with peft_fast.backend("eager"):
+        y = bottleneck_adapter(inputs.x.requires_grad_(), residual=inputs.x, **inputs.parameters)
+    torch.autograd.grad(y, inputs.x, inputs.dy)
+    assert not products
+
+
 layer_norm = torch.native_layer_norm
+
+
+def standardized(x: torch.Tensor) -> torch.Tensor:
+    return (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])

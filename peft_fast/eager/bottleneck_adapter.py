@@ -29,7 +29,7 @@ from peft_fast.reference import ACTIVATIONS, keep_scale
 
 Norm = tuple[Tensor, Tensor]
 
-# Of standard deviations, how far off zero the mean of a row is in what counts as centred.
+# How far the means may be: sums then round at most 1.12 times as much.
 CENTRED = 0.5
 
 _aten = torch.ops.aten
@@ -129,8 +129,9 @@ def adapter_bwd(
     down, up, up_bias = (_cast(p, wide) for p in (down_weight, up_weight, up_bias))
     norm_before, norm_after = _cast_norm(norm_before, wide), _cast_norm(norm_after, wide)
     z, mean_before, rstd_before, mean_after, rstd_after, v = saved
-    centred = norm_before is not None and not traced and _is_centred(mean_before, rstd_before)
-    whole = bool(traced) or (x.dtype is wide and (centred or not norm_before) and not threshold)
+    of_norm = needs & {"down_weight", "norm_before"} if norm_before and x.is_cpu and not traced else set()
+    centred = bool(of_norm) and _is_centred(x, norm_before, mean_before, rstd_before)
+    whole = bool(traced) or (x.dtype is wide and not (norm_before or threshold))
     height = M if whole else _height(M, N, threshold)
     dx, d_residual = _Rows(M, height), _Rows(M, height)
     sums: dict[str, Any] = {}
@@ -174,7 +175,7 @@ def adapter_bwd(
         if centred or "down_bias" in needs:
             add_sum("down_bias", dz.sum(0))
         h = cast(x[rows], wide)
-        if norm_before and needs & {"x", "norm_before"}:
+        if norm_before and needs & ({"x"} if centred else {"x", "norm_before"}):
             stats = mean_before[rows], rstd_before[rows]
             d, *sides = _norm_grad(torch.mm(dz, down), h, norm_before, *stats, parameters=not centred)
             if not centred:
@@ -207,7 +208,7 @@ def adapter_bwd(
         )
     for name in ("up_weight", "up_bias"):
         if name in needs:
-            grad = sums[name].t() if name == "up_weight" else sums[name]
+            grad = sums[name].t().contiguous() if name == "up_weight" else sums[name]
             grads[name] = grad if isinstance(number, float) and number * keep == 1 else grad * (number * keep)
     for name in ("norm_before", "norm_after"):
         grads[name] = sums.get(f"{name}_weight"), sums.get(f"{name}_bias")
@@ -292,11 +293,19 @@ def _norm_grad(
     return _aten.native_layer_norm_backward(dy, x, (x.shape[1],), mean, rstd, *norm, (True, parameters, parameters))
 
 
-def _is_centred(mean: Tensor, rstd: Tensor) -> bool:
-    """Whether the mean of each row is so far below its deviation that x may be summed first and the mean be taken off
-    the sum: that rounds up to sqrt(1 + (mean · rstd)²) times as much as to sum x - mean.
+def _is_centred(x: Tensor, norm: Any, mean: Tensor, rstd: Tensor) -> bool:
+    """Whether the rows' means are so far below what the norm makes of x that x may be summed first, and the means be
+    taken off the sum.
+
+    A column's sum then rounds with sqrt(deviation² + mean²) instead of its deviation, both over the row's, and the
+    norm's weight magnifies that: so the largest mean and weight are compared with what the norm makes of a few rows.
     """
-    return mean.numel() > 0 and float((mean * rstd).abs().max()) <= CENTRED
+    if x.numel() == 0:
+        return False
+    step, weight = -(-len(x) // 32), norm[0]
+    few = (x[::step] - mean[::step]) * rstd[::step] * weight
+    far = float((mean * rstd).abs().max()) * float(weight.abs().max())
+    return far <= CENTRED * float(few.square().mean().sqrt())  # not where one is no number
 
 
 def _cast(parameter: Tensor | None, dtype: torch.dtype) -> Any:

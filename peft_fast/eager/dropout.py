@@ -26,6 +26,7 @@ from peft_fast.reference import keep_scale
 
 # One block of fp32 activations stays in the cache while it is masked and multiplied.
 BLOCK_ELEMENTS = 1 << 20
+POINTS_PIECE = 1 << 20
 BYTES_FROM = 1 << 12  # of 2^16: bytes, of a fixed cost, then cost less than points
 
 _thread = threading.local()
@@ -52,7 +53,7 @@ class Dropped:
         time of booleans.
         """
         if self.keep.dtype is not x.dtype:
-            self.keep = self.keep.view(x.shape).to(x.device, x.dtype)
+            self.keep = self.keep.view(x.shape).to(x.device).to(x.dtype)
         return self.keep
 
 
@@ -153,13 +154,18 @@ def blocks_of(
 def _points(stream: np.random.SFC64, generator: np.random.Generator, density: float, n: int) -> np.ndarray:
     """The elements of range(n) that a Poisson process with `density` points for each hits; some more than once.
 
-    A 32-bit word times n picks each element with the same probability, to n · 2^-32 of it: 2^-13 in a block.
+    A 32-bit word times the size of a piece picks each of its elements with the same probability, to 2^-12 of it.
     """
-    total = int(generator.poisson(density * n))
-    words = stream.random_raw((total + 1) // 2).view(np.uint32)[:total]
-    index = np.multiply(words, n, dtype=np.int64)
-    index >>= 32
-    return index
+    index = []
+    for start in range(0, max(n, 1), POINTS_PIECE):
+        size = min(POINTS_PIECE, n - start)
+        total = int(generator.poisson(density * size))
+        words = stream.random_raw((total + 1) // 2).view(np.uint32)[:total]
+        index.append(np.multiply(words, size, dtype=np.int64))
+        index[-1] >>= 32
+        if start:
+            index[-1] += start
+    return index[0] if len(index) == 1 else np.concatenate(index)
 
 
 def _seeded(seed: Tensor) -> tuple[np.random.SFC64, np.random.Generator]:

@@ -83,18 +83,24 @@ def _batches(x: Tensor, each: int, least: int) -> int:
 def linear_plus(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, factor: Tensor, traced: str) -> Tensor:
     """x Wᵀ + bias + s F; x (M, K), weight (N, K), s (M, R), factor (R, N).
 
-    The second product is accumulated onto the first, so that neither it nor the bias costs a pass of its own.
+    The second product is accumulated onto the first, so that it costs no pass of its own; nor does the bias, which
+    torch would copy to all rows: it is one more rank, of ones.
     """
     if _takes_one_dnn(x, weight, traced):
         return _one_dnn_linear(x, weight, bias).addmm_(s, factor)
     if bias is None:
         y = torch.mm(s, factor)
-    elif traced or x.shape[0] * factor.shape[1] < BIASED_ELEMENTS:
+    elif traced or x.shape[0] * factor.shape[1] < BIASED_ELEMENTS or not _multiplies_exactly(x):
         y = torch.addmm(bias, s, factor)
     else:
         ones = s.new_ones(()).expand(len(s), 1)
         y = torch.mm(torch.cat([s, ones], 1), torch.cat([factor.t(), bias[:, None]], 1).t())
     return torch.addmm(y, x, weight.t()) if traced else y.addmm_(x, weight.t())
+
+
+def _multiplies_exactly(x: Tensor) -> bool:
+    """Whether a matmul rounds its operands no more than a sum does, so that a bias may be one."""
+    return x.is_cpu and torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
 
 
 def add_linear(out: Tensor, x: Tensor, weight: Tensor, traced: str) -> Tensor:
