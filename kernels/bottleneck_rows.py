@@ -41,13 +41,15 @@ def adapter_tile(x: Tensor, weight: Tensor, R: int, norm_before: bool, norm_afte
         return Tile(32, 256 if R <= 64 and not norm_before else 64, 0, 128, 4, 3)
     if not norm_after:
         # Triton 3.7 fails to compile backward's sums over rows beside tcgen05, which takes 64 rows: 32 take mma.sync.
-        rows = 32 if kind == "sm100" else 64
+        rows = 64 if kind != "sm100" else 16 if mixed else 32
         # 8 warps get 80 registers of ptxas there where the rank is small, and spill.
         few = kind in ("sm80", "sm86") and R <= 16 and not mixed
         return Tile(rows, 64, 0, 32 if mixed else 128, 4 if few else 8, 2)
     # h is alive beside its gradient.
     if mixed:
-        return Tile(32 if kind == "sm100" else 64, 32, 0, 32, 8, 2)
+        return Tile(16 if kind == "sm100" else 64, 32, 0, 32, 8, 2)
+    if kind == "sm100":
+        return Tile(32, 32, 0, 64, 8 if x.dtype is torch.float16 and R <= 64 else 4, 2)
     return Tile(32, 32, 0, 64 if kind in ("sm80", "sm86") and x.dtype is torch.float16 else 128, 8, 2)
 
 

@@ -33,6 +33,8 @@ def named_tiles(x: Tensor, R: int) -> list[str]:
     if R > 64 or kind == "gfx9" or (kind != "interpreter" and x.element_size() > 2):
         return []
     names = [name for name, tile in _NAMED_TILES.items() if tile != _matmul_tile(x, R)]
+    if kind == "sm100":
+        names.remove("128x128")  # which spills fp16 there
     return [*names, TMA] if kind == "sm90" else names
 
 
@@ -41,7 +43,9 @@ def _matmul_tile(x: Tensor, R: int, name: str = "") -> Tile:
         return _NAMED_TILES[name]
     kind = chip(x.device)
     if kind != "interpreter" and x.element_size() > 2:
-        return Tile(128, 128, 32, 32, 8, 3) if precision(x.dtype) == "tf32" else Tile(64, 64, 16, 16, 8, 3)
+        if precision(x.dtype) != "tf32":
+            return Tile(64, 64, 16, 16, 8, 3)
+        return Tile(128, 128, 32, 32, 8, 2 if kind == "sm100" else 3)
     if kind == "sm86" and R > 64:  # fp32 factors take up to 160 KiB with blocks of 64
         return Tile(128, 128, 64, 32, 8, 3)
     # Beside 256 columns several blocks of the rank spill up to 3 KB on sm_90, and fp32 factors overflow shared memory.

@@ -150,6 +150,8 @@ def _tile(kernel: str, query: Tensor, BLOCK_D: int, mask: bool, softcap: bool, g
             rows, keys, warps = 128, 32, 8
     elif mask and kind == "sm90" and (kernel, BLOCK_D) == ("dkv", 128):
         keys, warps = 128, 8
+    elif mask and kind == "sm100" and (kernel, BLOCK_D) == ("dq", 64) and query.shape[-1] < 64:
+        keys = 32
     return Tile(rows, keys, 0, 0, warps, stages)
 
 

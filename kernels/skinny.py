@@ -57,12 +57,17 @@ def _skinny_tile(
     if kind != "interpreter" and x.element_size() > 2:
         if split and kind != "sm90":  # three terms of either operand
             return Tile(64, 64, 0, 16, 8, 2)
+        if kind == "sm100" and x.dtype is torch.float32:
+            # Behind a dropout mask Triton 3.7 takes fp32 for TF32 in products of 64 rows, those of tcgen05.
+            if precision(x.dtype) == "ieee":
+                return Tile(64, 32, 0, 32, 8, 3) if grad else Tile(32, 64, 0, 32, 8, 3)
+            return Tile(64, 64, 0, 32, 8, 2)
         # Three stages of fp64 do not fit 100 KiB.
         return Tile(64, 64, 0, 32, 8, 3 if x.element_size() == 4 else 1)
     num_stages = 2 if kind == "gfx9" else 3
     mixed = factor.dtype != x.dtype
-    # Three terms of the factor beside 256 columns spill on AMD chips, with ds on tcgen05 and, at 64 rows, on wgmma.
-    crowded = mixed and (kind == "gfx9" or (kind == "sm100" and with_ds))
+    # Three terms of the factor beside 256 columns spill on AMD chips, of dF on tcgen05 and, at 64 rows, on wgmma.
+    crowded = mixed and (kind == "gfx9" or (kind == "sm100" and grad))
     if factor.shape[1] <= 16 and not with_stats:
         if kind == "sm90" and mixed and (with_ds or not grad):
             # Timed on an H100: 6 to 40% less than with twice the rows or columns, though s or the factor is read twice
@@ -72,8 +77,8 @@ def _skinny_tile(
             halved = with_ds if kind == "gfx9" else mixed and kind in ("sm90", "sm100")
             rows, cols = (32 if halved else 64, 256) if grad else (256, 64)
             return Tile(rows, cols, 0, 16, 8, 2 if kind == "sm86" else num_stages)
-        if crowded and with_ds and kind == "gfx9":
-            return Tile(32, 128, 0, 16, 8, num_stages)
+        if crowded and (with_ds or kind == "sm100"):
+            return Tile(32, 128, 0, 16, 8 if kind == "gfx9" else 4, num_stages)
         if mixed and kind == "sm86" and not grad:
             return Tile(128, 64, 0, 16, 8, num_stages)
     if not mixed:
@@ -82,9 +87,10 @@ def _skinny_tile(
             return Tile(64, 256, 0, 32, 8, num_stages)
         if grad and x.shape[1] <= _NARROW and factor.shape[1] <= 64:
             return Tile(64, 64, 0, 64, 4 if kind == "sm90" else 8, num_stages)
-        # Of fp16, sm_80 spills beside 128 ranks.
-        narrow = kind == "sm86" or (kind == "sm80" and x.dtype is torch.float16)
-        return Tile(64, 128, 0, 64 if narrow else 128, 8, num_stages)
+        # Of fp16, sm_80 spills beside 128 ranks and sm_100 with three stages of dF.
+        half = x.dtype is torch.float16
+        narrow = kind == "sm86" or (kind == "sm80" and half)
+        return Tile(64, 128, 0, 64 if narrow else 128, 8, 2 if kind == "sm100" and half and grad else num_stages)
     # Three terms of the factor are alive at once; without wgmma each warp holds them all in registers.
     if kind in ("sm90", "interpreter") or with_ds:
         return Tile(64, 128, 0, 64, 8, num_stages)
