@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_fast.eager.dropout import Dropped, Mask, block_rows, blocks_of
-from peft_fast.eager.matmul import cast, narrow_mm, tall_mm, wide_dtype
+from peft_fast.eager.matmul import WIDE, cast, narrow_mm, tall_mm, wide_dtype
 from peft_fast.reference import ACTIVATIONS, keep_scale
 
 Norm = tuple[Tensor, Tensor]
@@ -160,7 +160,10 @@ def adapter_bwd(
             d_residual.put(rows, cast(skip, dy.dtype))
         dt = dv if dropped is None else dropped.masked(dv)
         if "up_weight" in needs:
-            add_product("up_weight", a, dt)
+            if up.shape[1] >= WIDE and not traced:  # as it lies in memory in the end
+                add_sum("up_weight", torch.mm(dt.t(), a).t())
+            else:
+                add_product("up_weight", a, dt)
         if "up_bias" in needs or ("scaling" in needs and up_bias is not None):
             add_sum("up_bias", dt.sum(0))
         if not needs & {"x", "down_weight", "down_bias", "scaling", "norm_before"}:
@@ -302,10 +305,10 @@ def _is_centred(x: Tensor, norm: Any, mean: Tensor, rstd: Tensor) -> bool:
     """
     if x.numel() == 0:
         return False
-    step, weight = -(-len(x) // 32), norm[0]
+    step, weight, norm_of = -(-len(x) // 8), norm[0], torch.linalg.vector_norm
     few = (x[::step] - mean[::step]) * rstd[::step] * weight
-    far = float((mean * rstd).abs().max()) * float(weight.abs().max())
-    return far <= CENTRED * float(few.square().mean().sqrt())  # not where one is no number
+    far = float(norm_of(mean * rstd, torch.inf)) * float(norm_of(weight, torch.inf))
+    return far <= CENTRED * float(norm_of(few)) / few.numel() ** 0.5  # not where one is no number
 
 
 def _cast(parameter: Tensor | None, dtype: torch.dtype) -> Any:
