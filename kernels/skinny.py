@@ -74,11 +74,13 @@ def _skinny_tile(
             # as often, from the second-level cache.
             return Tile(64, 128, 0, 16, 4, 3) if grad else Tile(128, 64, 0, 16, 8, 3)
         if (with_ds or x.numel() >= _LARGE) and not crowded:
-            halved = with_ds if kind == "gfx9" else mixed and kind in ("sm90", "sm100")
+            halved = with_ds if kind == "gfx9" else mixed and kind == "sm90"
             rows, cols = (32 if halved else 64, 256) if grad else (256, 64)
             return Tile(rows, cols, 0, 16, 8, 2 if kind == "sm86" else num_stages)
-        if crowded and (with_ds or kind == "sm100"):
-            return Tile(32, 128, 0, 16, 8 if kind == "gfx9" else 4, num_stages)
+        if crowded and kind == "sm100":
+            return Tile(64, 64, 0, 16, 8, num_stages)
+        if crowded and with_ds:
+            return Tile(32, 128, 0, 16, 8, num_stages)
         if mixed and kind == "sm86" and not grad:
             return Tile(128, 64, 0, 16, 8, num_stages)
     if not mixed:
@@ -88,9 +90,10 @@ def _skinny_tile(
         if grad and x.shape[1] <= _NARROW and factor.shape[1] <= 64:
             return Tile(64, 64, 0, 64, 4 if kind == "sm90" else 8, num_stages)
         # Of fp16, sm_80 spills beside 128 ranks and sm_100 with three stages of dF.
-        half = x.dtype is torch.float16
+        rank, half = factor.shape[1], x.dtype is torch.float16
         narrow = kind == "sm86" or (kind == "sm80" and half)
-        return Tile(64, 128, 0, 64 if narrow else 128, 8, 2 if kind == "sm100" and half and grad else num_stages)
+        stages = 2 if kind == "sm100" and half and grad and rank > 16 else num_stages
+        return Tile(64, 128, 0, 64 if narrow else 128, 8, stages)
     # Three terms of the factor are alive at once; without wgmma each warp holds them all in registers.
     if kind in ("sm90", "interpreter") or with_ds:
         return Tile(64, 128, 0, 64, 8, num_stages)
