@@ -3,6 +3,7 @@
 import argparse
 import json
 import platform
+import random
 import re
 import statistics
 import sys
@@ -20,15 +21,16 @@ LEAST_SECONDS = 5e-3  # of a turn
 class Turns:
     """Runs variants in turns and keeps the seconds that each took.
 
-    Every second round runs backwards: what a variant leaves in caches and allocator then meets both its neighbours. A
-    turn lasts at least 5 ms: what takes microseconds would else be timed with the Python of another variant in the
-    caches, stock's with that of patched, which calls it.
+    Each round has an order of its own, drawn from a seed: what a variant leaves in caches and allocator meets all
+    others alike, and each runs as often after itself. A turn lasts at least 5 ms: what takes microseconds would else be
+    timed with the Python of another variant in the caches, stock's with that of patched, which calls it.
     """
 
     def __init__(self, variants: dict[str, Callable[[], None]]) -> None:
         self.variants = dict(variants)
         self.seconds: dict[str, list[float]] = {name: [] for name in variants}
         self.repeats: dict[str, int] = {}
+        self.draw = random.Random(0)
         _warm_allocator()
         for name, run in variants.items():  # compile, and warm the caches
             for _ in range(3):
@@ -37,12 +39,13 @@ class Turns:
             self.repeats[name] = max(1, round(LEAST_SECONDS / (time.perf_counter() - start)))
 
     def round(self) -> None:
-        for name, run in self.variants.items():
+        order = list(self.variants.items())
+        self.draw.shuffle(order)
+        for name, run in order:
             start = time.perf_counter()
             for _ in range(self.repeats[name]):
                 run()
             self.seconds[name].append((time.perf_counter() - start) / self.repeats[name])
-        self.variants = dict(reversed(self.variants.items()))
 
     def measure(self, seconds: float) -> dict[str, float]:
         """Medians after at least so many seconds and nine rounds."""
