@@ -78,8 +78,8 @@ def assert_op_within_budget(
     `draw` gives calls of other seeds. What exceeds the budget in these is held to it in 100 more, ours and eager's: the
     largest error of few calls is that of a single row, in which one of the two may have been lucky.
     """
-    results = []
-    for inputs in calls:
+
+    def results_of(inputs: PrefixAttentionInputs) -> tuple[dict[str, torch.Tensor], ...]:
         with peft_fast.backend(backend):
             seed = torch.tensor([SEED])
             actual = forward_backward(prefix_attention, inputs, dropout_p=dropout_p, seed=seed, **options)
@@ -88,19 +88,19 @@ def assert_op_within_budget(
         truth = forward_backward(reference.prefix_attention, inputs.to(torch.float64), **dropout, **wide(options))
         assert actual.keys() == truth.keys()
         assert all(actual[name].shape == truth[name].shape for name in truth)
-        results.append((actual, truth, expected))
-    (Z, H, S, _), T, P = inputs.query.shape, inputs.key.shape[2], inputs.prefix_key.shape[1]
-    for name in truth:
-        values = [torch.cat([result[name].flatten() for result in kind]) for kind in zip(*results, strict=True)]
-        length = max(T + P, Z * H * S)
+        return actual, truth, expected
+
+    def joined(results: list[tuple[dict[str, torch.Tensor], ...]], name: str) -> list[torch.Tensor]:
+        return [torch.cat([result[name].flatten() for result in kind]) for kind in zip(*results, strict=True)]
+
+    results, more = [results_of(inputs) for inputs in calls], []
+    (Z, H, S, _), T, P = calls[0].query.shape, calls[0].key.shape[2], calls[0].prefix_key.shape[1]
+    length = max(T + P, Z * H * S)
+    for name in results[0][1]:
+        values = joined(results, name)
         if draw and largest_error(*values[:2]) > error_budget(*values[1:], length):
-            for inputs in map(draw, range(len(calls), len(calls) + 100)):
-                with peft_fast.backend(backend):
-                    actual = forward_backward(prefix_attention, inputs, **options)[name]
-                more = forward_backward(reference.prefix_attention, inputs.to(torch.float64), **wide(options))[name]
-                eager = forward_backward(reference.prefix_attention, inputs, **options)[name]
-                new = (actual, more, eager)
-                values = [torch.cat([value, part.flatten()]) for value, part in zip(values, new, strict=True)]
+            more = more or [results_of(draw(seed)) for seed in range(len(calls), len(calls) + 100)]
+            values = joined(results + more, name)
         assert_within_budget(*values, length=length, name=name)
 
 
@@ -109,8 +109,8 @@ PREFIXES, HEAD_SIZES, GROUPS = [1, 5, 16, 100], [16, 40, 64, 128], [1, 4, 8]
 SIZES = list(itertools.product(PREFIXES, HEAD_SIZES, GROUPS))
 
 
-def _seeded(shape: tuple[int, ...], seed: int, **dtypes) -> PrefixAttentionInputs:
-    return prefix_attention_inputs(*shape, **dtypes, seed=seed)
+def _seeded(shape: tuple[int, ...], seed: int, **options) -> PrefixAttentionInputs:
+    return prefix_attention_inputs(*shape, **options, seed=seed)
 
 
 # Each prefix length meets each head size and group, and each of them all pairs of lengths. Of few numbers, eager's own
@@ -163,14 +163,13 @@ MASKS = {
 @pytest.mark.parametrize(("dtype", "prefix_dtype"), DTYPES)
 def test_masks_and_rules(dtype, prefix_dtype, dropout_p, mask, gate):
     shape = (2, 4, 2, 66, 86, 16, 40)
+    draw = functools.partial(_seeded, shape, dtype=dtype, prefix_dtype=prefix_dtype, gate=gate)
     # The worst row decides, and of one draw it is chance whose worst row is worse.
-    calls = [
-        prefix_attention_inputs(*shape, dtype=dtype, prefix_dtype=prefix_dtype, gate=gate, seed=seed)
-        for seed in range(6 if dtype == torch.float32 else 1)
-    ]
+    calls = [draw(seed) for seed in range(6 if dtype == torch.float32 else 1)]
     rules = list(RULES.values())[(list(MASKS).index(mask) + gate) % len(RULES)] if mask != "none" else {}
     for options in [rules, *(RULES.values() if mask == "none" else [{}])]:
-        assert_op_within_budget("eager", *calls, dropout_p=dropout_p, attn_mask=MASKS[mask](dtype), **options)
+        call = options | {"dropout_p": dropout_p, "attn_mask": MASKS[mask](dtype)}
+        assert_op_within_budget("eager", *calls, draw=draw, **call)
 
 
 @pytest.mark.parametrize("gate", [False, True], ids=["joint", "gate"])
