@@ -25,7 +25,7 @@ def adapter_tile(x: Tensor, weight: Tensor, R: int, norm_before: bool, norm_afte
     if kind == "interpreter":
         return Tile(32, 128, 0, 64, 4, 1)
     if x.element_size() > 2:
-        # With 32 columns ptxas gives the kernels without LN_after 40 or 48 registers there and spills.
+        # With 32 columns sm_80's and sm_86's ptxas give the kernels without LN_after 40 or 48 registers and spill.
         wide = kind in ("sm80", "sm86") and x.dtype is torch.float32 and not norm_after
         return Tile(32, 64 if wide else 32, 0, 16, 8, 1)
     mixed = weight.dtype != x.dtype
@@ -42,7 +42,7 @@ def adapter_tile(x: Tensor, weight: Tensor, R: int, norm_before: bool, norm_afte
     if not norm_after:
         # Triton 3.7 fails to compile backward's sums over rows beside tcgen05, which takes 64 rows: 32 take mma.sync.
         rows = 64 if kind != "sm100" else 16 if mixed else 32
-        # 8 warps get 80 registers of ptxas there where the rank is small, and spill.
+        # 8 warps get 80 registers of sm_80's and sm_86's ptxas where the rank is small, and spill.
         few = kind in ("sm80", "sm86") and R <= 16 and not mixed
         return Tile(rows, 64, 0, 32 if mixed else 128, 4 if few else 8, 2)
     # h is alive beside its gradient.

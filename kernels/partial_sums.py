@@ -136,6 +136,6 @@ def _sum_plan(*tensors: Tensor | None) -> Plan:
         UNIT=unit(*sizes),
         WIDE=needs_int64(*tensors[1::2]),
         device=tensors[0].device,
-        num_warps=8 if chip(tensors[0].device) == "sm100" else 4,  # a few bytes of spills there
+        num_warps=8 if chip(tensors[0].device) == "sm100" else 4,  # of 4, a few bytes of spills
         num_stages=1,
     )

@@ -381,11 +381,7 @@ def attention_fwd(
         y, lse = _empty_heads(query), torch.empty(shape, dtype=accumulator_dtype(query.dtype), device=query.device)
         own = None, None
     plan, parts = _fwd_plan(*call.layout, gate is None and own[0] is None, y)
-    outs = y, lse
-    if parts > 1:
-        outs = tuple(
-            torch.empty((parts, *out.shape[-n:]), dtype=lse.dtype, device=y.device) for out, n in ((y, 4), (lse, 3))
-        )
+    outs = (y, lse) if parts == 1 else (lse.new_empty(parts, *query.shape), lse.new_empty(parts, *query.shape[:3]))
     plan(*call.inputs, call.mask, call.gate, *own, *outs, *call.factors, seed if threshold else None, threshold)
     if parts > 1:
         _merge_plan(outs[0], y)(*outs, y, lse)

@@ -114,12 +114,9 @@ def test_products_with_narrow_factors_on_either_vendors_cpu(R, K, intel, monkeyp
 @pytest.fixture
 def biased(monkeypatch):
     """How often a bias was more than an operand."""
-    calls = []
+    calls, addmm = [], torch.addmm
     monkeypatch.setattr(torch, "addmm", lambda *args, **kwargs: calls.append(0) or addmm(*args, **kwargs))
     return calls
-
-
-addmm = torch.addmm
 
 
 @pytest.mark.parametrize("strided", [False, True])

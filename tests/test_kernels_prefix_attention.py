@@ -231,8 +231,11 @@ def test_bits_repeat(gate, device):
 def test_parts_of_several_blocks_of_rows(device, monkeypatch):
     chunks = prefix_attention.chunks
     monkeypatch.setattr(_launch, "_plans", {})
-    few = lambda length, block, programs: chunks(length, 3, 128) if block == 1 else (1, length)  # noqa: E731
-    monkeypatch.setattr(prefix_attention, "chunks", few)
+
+    def of_rows(length, block, programs):
+        return chunks(length, 3, 128) if block == 1 else (1, length)
+
+    monkeypatch.setattr(prefix_attention, "chunks", of_rows)
     assert_matches(make_case(5, 2, 1, 40, 20, 5, 16, dtypes="fp32", p=0.1, device=device))
 
 

@@ -151,7 +151,7 @@ def test_rows_off_centre(mean, dtype, dropout_p, monkeypatch):
     """In deviations of a row. Where that is much, what the norm made is made again: summed first, x would cancel."""
     inputs = bottleneck_adapter_inputs(300, 160, 24, dtype=dtype, factor_dtype=torch.float32, norm_before=True)
     inputs.x.copy_(standardized(inputs.x) + mean)
-    made = []
+    made, layer_norm = [], torch.native_layer_norm
     monkeypatch.setattr(torch, "native_layer_norm", lambda *args: made.append(0) or layer_norm(*args))
     assert_op_within_budget("eager", inputs, dropout_p=dropout_p, activation="gelu")
     assert len(made) == (1 if mean < 0.5 else 2)
@@ -176,9 +176,6 @@ def test_a_frozen_norm_and_down_projection_cost_no_product_of_theirs(monkeypatch
         y = bottleneck_adapter(inputs.x.requires_grad_(), residual=inputs.x, **inputs.parameters)
     torch.autograd.grad(y, inputs.x, inputs.dy)
     assert not products
-
-
-layer_norm = torch.native_layer_norm
 
 
 def standardized(x: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,8 @@
 Kept from forward are x, z and the rows' statistics. With dropout v is made again for LN_after's gradient, unless its
 residual is a tensor of its own, which would have to be kept instead. Without dropout v is kept, as the usual modules
 keep it: there the matmul would cost what nothing else makes up for.
-LN_before(x) is not: where x is about centred, its product with dz is that of x less the rows' means, and what the
-norm's own parameters get is made of that small product too.
+LN_before(x) is neither kept nor, where x is about centred, made again: its product with dz comes from that of x, the
+rows' means taken off afterwards, and what the norm's own parameters get is made of that small product too.
 What else has x's size is made in blocks of rows that stay in the cache, and again in backward. Without dropout,
 LN_before and casts there is no such tensor: the residual is where the matmul accumulates, all rows are one block.
 """

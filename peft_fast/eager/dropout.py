@@ -49,8 +49,8 @@ class Dropped:
         x.mul_(self._keep(x))
 
     def _keep(self, x: Tensor) -> Tensor:
-        """`keep` in x's type: multiplying by bytes costs three times as much, and bytes are cast in a seventh of the
-        time of booleans.
+        """`keep` in x's type: multiplying by booleans costs three times as much, and bytes are cast in a seventh of
+        their time.
         """
         if self.keep.dtype is not x.dtype:
             self.keep = self.keep.view(x.shape).to(x.device).to(x.dtype)

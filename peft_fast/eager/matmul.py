@@ -17,7 +17,7 @@ NARROW = range(2, 16)
 WIDE = 32
 BATCHED_ELEMENTS = 1 << 16
 INTEL_BATCHED_ELEMENTS = 1 << 20
-BIASED_ELEMENTS = 1 << 19
+BIASED_ELEMENTS = 1 << 19  # from which on a bias costs less as one more rank, see `linear_plus`
 ONE_DNN_PRODUCTS = 1 << 27
 
 
