@@ -315,23 +315,20 @@ def fusable_dropout(module: nn.Dropout, x: Tensor) -> int:
 
     The answer must not depend on who watches the call: where checkpointing repeats one, nobody may.
     """
+    if not (module.training and 0 < module.p < 1 and not module.inplace and x.is_cpu and x.dtype in FLOATING):
+        return 0
+    if torch.compiler.is_compiling():
+        return 0 if torch.compiler.is_exporting() else drop_threshold(module.p)
     fusable = (
-        module.training
-        and 0 < module.p < 1
-        and not module.inplace
-        and not torch.compiler.is_compiling()  # before the size, which would be a guard of compiled code
-        and torch._C._get_tracing_state() is None
+        torch._C._get_tracing_state() is None
         and type(x) in PLAIN_TENSORS
-        and x.is_cpu
         and x.layout is torch.strided
         and not x.is_nested
         and not in_transform()
-        and x.dtype in FLOATING
+        and x.numel() >= MIN_CPU_MODULE_ELEMENTS
         and draws_one_by_one()
     )
-    if not fusable or x.numel() < MIN_CPU_MODULE_ELEMENTS:
-        return 0
-    return drop_threshold(module.p)
+    return drop_threshold(module.p) if fusable else 0
 
 
 def fusable_attention_dropout(
@@ -342,13 +339,9 @@ def fusable_attention_dropout(
     As with `fusable_dropout`, who watches the call must not count.
     """
     tensors = (query, key, value) if mask is None else (query, key, value, mask)
-    fusable = (
+    served = (
         0 < dropout_p < 1
-        and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
-        and all(type(tensor) in PLAIN_TENSORS and tensor.is_cpu and not tensor.is_nested for tensor in tensors)
-        and not in_transform()
+        and all(tensor.is_cpu and not tensor.is_nested for tensor in tensors)
         and query.dtype in (torch.float32, torch.float64)
         and query.dtype is key.dtype is value.dtype
         and not torch.is_autocast_enabled("cpu")
@@ -357,11 +350,20 @@ def fusable_attention_dropout(
         and key.shape == value.shape
         and (query.shape[2] == key.shape[2] or not is_causal)
         and (mask is None or (mask.dtype is torch.bool and mask.dim() == 4))
+    )
+    if not served:
+        return 0
+    if torch.compiler.is_compiling():
+        return 0 if torch.compiler.is_exporting() else drop_threshold(dropout_p)
+    fusable = (
+        torch._C._get_tracing_state() is None
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+        and all(type(tensor) in PLAIN_TENSORS for tensor in tensors)
+        and not in_transform()
+        and query.shape[:3].numel() * key.shape[2] >= MIN_CPU_MODULE_ELEMENTS
         and draws_one_by_one()
     )
-    if not fusable or query.shape[:3].numel() * key.shape[2] < MIN_CPU_MODULE_ELEMENTS:
-        return 0
-    if mask is not None and not bool(mask.any(-1).all()):  # of a query that sees no key torch makes 0
+    if not fusable or (mask is not None and not bool(mask.any(-1).all())):  # of a query that sees no key torch makes 0
         return 0
     return drop_threshold(dropout_p)
 

@@ -58,7 +58,7 @@ def _backward(ctx, dy):
 
 def _probabilities(query: Tensor, key: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     logits = scale * query @ key.mT
-    return torch.softmax(logits if bias is None else logits + bias, -1)
+    return torch.ops.aten._safe_softmax(logits if bias is None else logits + bias, -1)
 
 
 def _weights_mask(p: Tensor, threshold: int, seed: Tensor) -> Tensor:
@@ -78,7 +78,11 @@ def apply_attention_dropout(
 ) -> Tensor:
     """y (Z, H, S, DH) of query (Z, H, S, DH), key and value (Z, H, T, DH); p = threshold / 2^16 of the weights dropped.
 
-    The bias broadcasts to (Z, H, S, T), gets no gradient and leaves each query a key that is not at -inf.
+    The bias broadcasts to (Z, H, S, T), gets no gradient and, but for compiled calls, leaves each query a key that is
+    not at -inf.
     """
     seed = eager.draw_seed(query.device) if seed is None else seed
+    if torch.compiler.is_compiling():
+        p = _probabilities(query, key, bias, scale)
+        return (p * _weights_mask(p, threshold, seed)) @ value
     return _AttentionDropout.apply(query, key, value, bias, scale, threshold, seed)
