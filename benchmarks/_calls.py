@@ -97,9 +97,21 @@ def _bottleneck_adapter(
 
 
 def _prefix_attention(
-    dtype, prefix_dtype, *, DH, S=1024, group=4, p=0.0, mask=None, gate=False, causal=False, window=None, softcap=None
+    dtype,
+    prefix_dtype,
+    *,
+    DH,
+    S=1024,
+    group=4,
+    p=0.0,
+    mask=None,
+    gate=False,
+    causal=False,
+    window=None,
+    softcap=None,
+    own=True,
 ) -> None:
-    """Tensors lie (Z, S, H, DH) in memory, as projections leave them."""
+    """Tensors lie (Z, S, H, DH) in memory, as projections leave them. Not `own`: gradients of the prefix alone."""
     Z, H_KV, T, P = 8, 2, S if S > 1 else 1024, 32
     H = H_KV * group
 
@@ -117,7 +129,9 @@ def _prefix_attention(
     gates = _meta(H, dtype=prefix_dtype) if gate else None
     inputs = (query, key, value, prefix_key, prefix_value, attn_mask, gates, THRESHOLD if p else 0, _seed())
     options = {"is_causal": causal, "sliding_window": window, "softcap": softcap, "scale": DH**-0.5}
-    needs = {"query", "key", "value", "prefix_key", "prefix_value"} | ({"gate"} if gate else set())
+    needs = (
+        {"prefix_key", "prefix_value"} | ({"query", "key", "value"} if own else set()) | ({"gate"} if gate else set())
+    )
     y, lse = attention_fwd(*inputs, **options)
     attention_bwd(dy, *inputs, y, lse, needs=needs, **options)
 
@@ -173,6 +187,7 @@ def calls() -> list[Call]:
     for dtypes in ("bf16", "bf16-fp32"):
         for norms in ("before", "after"):
             add("bottleneck_adapter", dtypes, f"R 64, {norms}", R=64, norms=_NORMS[norms])
+        add("bottleneck_adapter", dtypes, "R 64, before, few rows", R=64, norms=("before",), M=1024)
     add("bottleneck_adapter", "bf16", "R 64, plain, rows of 776", R=64, norms=(), K=776)
     for DH in (64, 128):
         for name in ("causal", "causal dropout", "window"):
@@ -181,6 +196,8 @@ def calls() -> list[Call]:
         add("prefix_attention", "bf16", f"DH {DH}, padding", DH=DH, **_ATTENTION["padding"])
     # Masks whose rows are of 8·odd elements.
     add("prefix_attention", "bf16", "DH 64, cap, 1032 tokens", DH=64, S=1032, **_ATTENTION["cap"])
+    # Nothing below the first layer is trained.
+    add("prefix_attention", "bf16", "DH 64, first layer", DH=64, causal=True, own=False)
     # One query at a time: the four heads of a group share a tile of 16 rows.
     add("prefix_attention", "bf16", "DH 64, decoding", DH=64, S=1, causal=True)
     return found

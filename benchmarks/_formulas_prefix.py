@@ -89,7 +89,7 @@ def _dkv(a: Any) -> Cost:
     length = a.Z * a.H_KV * a.GROUP * a.S
     row = 2 * a.DH * size(a.q_ptr) + 2 * size(a.lse_ptr)  # q, dy, lse, delta
     if a.SEGMENT == 1:  # own keys
-        ranges, N, parts, programs = _row_ranges(a), a.T, a.Z, a.Z * a.H_KV
+        ranges, N, programs = _row_ranges(a), a.T, a.Z * a.H_KV
         clipped = [(start * a.BLOCK_M, min(end * a.BLOCK_M, a.S * a.GROUP)) for start, end in ranges]
         rows, steps = [end - start for start, end in clipped], sum(end - start for start, end in ranges)
         keys = [min(a.BLOCK_N, a.T - col) for col in range(0, a.T, a.BLOCK_N)]
@@ -100,9 +100,10 @@ def _dkv(a: Any) -> Cost:
         steps, held = programs * steps, a.Z
     else:
         blocks = cdiv(a.P, a.BLOCK_N)
-        N, held, parts = a.P, 1, a.grid[0] // (blocks * a.H_KV)
+        N, held = a.P, 1
         read, asked = length * row, blocks * length * row
         steps = blocks * a.H_KV * a.Z * cdiv(a.S * a.GROUP, a.BLOCK_M)
+    parts = a.grid[0] // (cdiv(N, a.BLOCK_N) * a.H_KV)  # of the own keys, of all sequences
     keys_and_values = 2 * a.H_KV * N * a.DH * size(a.k_ptr)
     read += held * keys_and_values + seed_bytes(a)
     asked += parts * keys_and_values + 2 * steps * seed_bytes(a)

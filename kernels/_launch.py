@@ -187,12 +187,21 @@ def unit(*operands: Tensor | int, most: int = 8) -> int:
 
 
 _capability = functools.cache(torch.cuda.get_device_capability)
+_KINDS = {
+    (8, 0): "sm80",
+    (8, 7): "sm80",
+    (9, 0): "sm90",
+    (10, 0): "sm100",
+    (10, 3): "sm100",
+    (12, 0): "sm120",
+    (12, 1): "sm120",
+}
 
 
 def chip(device: torch.device) -> str:
-    """The kind of chip that tiles are chosen by: "sm80", "sm86", "sm90", "sm100", "gfx9" or "interpreter".
+    """The kind of chip that tiles are chosen by: "sm80", "sm86", "sm90", "sm100", "sm120", "gfx9" or "interpreter".
 
-    "sm86" stands for all NVIDIA chips with about 100 KiB of shared memory a block (8.6, 8.9, 12.x).
+    "sm86" and "sm120" have about 100 KiB of shared memory a block; "sm86" stands for all NVIDIA chips not named.
     """
     recorded = _recording.get()
     if recorded is not None:
@@ -206,7 +215,7 @@ def chip(device: torch.device) -> str:
         return "gfx9"
     else:
         capability = _capability(device)
-    return {(8, 0): "sm80", (8, 7): "sm80", (9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}.get(capability, "sm86")
+    return _KINDS.get(capability, "sm86")
 
 
 # Tiles are the largest that ptxas compiles without stack or spills for ranks up to 384, with and without dropout

@@ -27,7 +27,7 @@ def adapter_tile(x: Tensor, weight: Tensor, R: int, norm_before: bool, norm_afte
     if x.element_size() > 2:
         # With 32 columns sm_80's and sm_86's ptxas give the kernels without LN_after 40 or 48 registers and spill.
         wide = kind in ("sm80", "sm86") and x.dtype is torch.float32 and not norm_after
-        return Tile(32, 64 if wide else 32, 0, 16, 8, 1)
+        return Tile(32, 64 if wide else 32, 0, 16, 4 if kind == "sm120" else 8, 1)
     mixed = weight.dtype != x.dtype
     if kind == "sm90":
         if norm_after:
@@ -40,15 +40,23 @@ def adapter_tile(x: Tensor, weight: Tensor, R: int, norm_before: bool, norm_afte
             return Tile(32, 64, 0, 64, 4, 3) if R <= 64 else Tile(32, 64, 0, 64, 8, 2)
         return Tile(32, 256 if R <= 64 and not norm_before else 64, 0, 128, 4, 3)
     if not norm_after:
+        if kind == "gfx9":
+            return Tile(64, 64, 0, 32 if mixed else 128, 8, 2)
+        if R <= 64 and x.shape[0] < _ROWS_TO_FILL and (kind == "sm80" or (kind == "sm100" and not mixed)):
+            return Tile(16, 64 if kind == "sm80" else 256, 0, 64, 8, 3)
+        # Blackwell's ptxas leaves a few bytes of spills beside 32 rows. Where all of the rank fits a block x is read once.
+        blackwell = kind in ("sm100", "sm120")
+        if mixed:
+            crowded = blackwell and norm_before and x.dtype is torch.bfloat16
+            return Tile(16 if blackwell else 32, 64, 0, 32 if crowded else 64, 8, 2)
+        if R <= 64 and not blackwell:
+            return Tile(32, 64, 0, 128, 4, 3)
         # Triton 3.7 fails to compile backward's sums over rows beside tcgen05, which takes 64 rows: 32 take mma.sync.
-        rows = 64 if kind != "sm100" else 16 if mixed else 32
-        # 8 warps get 80 registers of sm_80's and sm_86's ptxas where the rank is small, and spill.
-        few = kind in ("sm80", "sm86") and R <= 16 and not mixed
-        return Tile(rows, 64, 0, 32 if mixed else 128, 4 if few else 8, 2)
+        return Tile(32, 64, 0, 64 if kind == "sm120" else 128, 8, 3 if kind == "sm80" else 2)
     # h is alive beside its gradient.
     if mixed:
         return Tile(16 if kind == "sm100" else 64, 32, 0, 32, 8, 2)
-    if kind == "sm100":
+    if kind == "sm100" or (kind == "sm120" and (R <= 64 or x.dtype is torch.float16)):
         return Tile(32, 32, 0, 64, 8 if x.dtype is torch.float16 and R <= 64 else 4, 2)
     return Tile(32, 32, 0, 64 if kind in ("sm80", "sm86") and x.dtype is torch.float16 else 128, 8, 2)
 

@@ -45,11 +45,11 @@ def _matmul_tile(x: Tensor, R: int, name: str = "") -> Tile:
     if kind != "interpreter" and x.element_size() > 2:
         if precision(x.dtype) != "tf32":
             return Tile(64, 64, 16, 16, 8, 3)
-        return Tile(128, 128, 32, 32, 8, 2 if kind == "sm100" else 3)
-    if kind == "sm86" and R > 64:  # fp32 factors take up to 160 KiB with blocks of 64
+        return Tile(128, 128, 16 if kind == "sm120" else 32, 32, 8, 2 if kind == "sm100" else 3)
+    if kind in ("sm86", "sm120") and R > 64:  # fp32 factors take up to 160 KiB with blocks of 64
         return Tile(128, 128, 64, 32, 8, 3)
     # Beside 256 columns several blocks of the rank spill up to 3 KB on sm_90, and fp32 factors overflow shared memory.
-    if kind in ("sm80", "sm86") or (R > 64 and kind != "gfx9"):
+    if kind in ("sm80", "sm86", "sm120") or (R > 64 and kind != "gfx9"):
         return Tile(128, 128, 64, 64, 8, 3)
     if kind == "gfx9":
         return Tile(256, 128, 64, 64, 8, 2)
@@ -57,9 +57,10 @@ def _matmul_tile(x: Tensor, R: int, name: str = "") -> Tile:
 
 
 def _update_tile(out: Tensor) -> Tile:
-    if chip(out.device) != "interpreter" and out.element_size() > 2:
+    kind = chip(out.device)
+    if kind != "interpreter" and out.element_size() > 2:
         return Tile(64, 64, 0, 16, 8, 1)
-    return Tile(64, 128, 0, 64, 8, 1)
+    return Tile(64, 128, 0, 32 if kind == "sm120" else 64, 8, 1)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Plan, by_layout, cdiv, chip, needs_int64, unit
+from ._launch import Plan, by_layout, cdiv, needs_int64, next_power_of_2, unit
 from ._tl import cast, offsets
 
 # Programs that a pass is split into: about two for each multiprocessor of a large chip. A constant, so that chips that
@@ -100,19 +100,21 @@ def _sum_partials_kernel(
     _sum_in_order(block, partials_5, out_5, count_5, size_5, BLOCK, COUNT, UNIT, WIDE)
 
 
-# Partial sums, and the type of their sum over the first dimension.
-Partials = tuple[Tensor | None, torch.dtype]
+# Partial sums, and the type of their sum over the first dimension or where it goes, dense.
+Partials = tuple[Tensor | None, torch.dtype | Tensor]
 _MOST_SUMS = 6
+_SUMMED = 4096  # elements that a program adds at a time: those of many partials are of few columns
 
 
 def sums(*parts: Partials) -> list[Tensor | None]:
     """The sum of each, by one launch for up to six of them; None of None."""
     outs: list[Tensor | None] = []
     tensors: list[Tensor | None] = []
-    for partials, dtype in parts:
+    for partials, target in parts:
         out = None
         if partials is not None:
-            out = torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
+            like = {"device": partials.device}
+            out = target if isinstance(target, Tensor) else torch.empty(partials.shape[1:], dtype=target, **like)
             if out.numel():
                 tensors += (partials, out)
         outs.append(out)
@@ -127,15 +129,17 @@ def _sum_plan(*tensors: Tensor | None) -> Plan:
     pairs = list(zip(tensors[::2], tensors[1::2], strict=True))
     sizes = [0 if out is None else out.numel() for _, out in pairs]
     counts = [0 if partials is None else partials.shape[0] for partials, _ in pairs]
+    COUNT = min(64, next_power_of_2(max(counts)))
+    BLOCK = _SUMMED // COUNT
     return Plan(
         _sum_partials_kernel,
-        (sum(cdiv(size, 256) for size in sizes),),
+        (sum(cdiv(size, BLOCK) for size in sizes),),
         *itertools.chain(*zip(counts, sizes, strict=True)),
-        BLOCK=256,
-        COUNT=16,
+        BLOCK=BLOCK,
+        COUNT=COUNT,
         UNIT=unit(*sizes),
         WIDE=needs_int64(*tensors[1::2]),
         device=tensors[0].device,
-        num_warps=8 if chip(tensors[0].device) == "sm100" else 4,  # of 4, a few bytes of spills
+        num_warps=8,
         num_stages=1,
     )

@@ -19,7 +19,8 @@ c · Σ_T softmax(b)∘mask∘dy vᵀ):
 Saved: the inputs, y and lse; never a probability or a mask. A tile of keys meets the queries of all heads that share
 it. Everything accumulates in fp32 (fp64 for fp64); a fp32 prefix beside 16 bits is rounded to 16 bits, as peft does,
 and its gradient is summed and stored in fp32. In backward one kernel gives δ and dq, one dk and dv, and one the
-prefix's gradients as partial sums over the batch and the queries, which a second pass adds in order: no atomics.
+prefix's. Where keys give few programs, both walk the queries (the prefix's, of the whole batch) in parts, whose sums
+a second pass adds in order: no atomics. Forward of few queries walks the own keys in parts, and merges those.
 
 Of long plain calls the vendor's kernels compute the own keys' part (`vendor_attention`), and these kernels add the
 prefix's. Both ways give and take the same y and lse, and forward and backward choose apart. The vendor's backward uses
@@ -59,7 +60,10 @@ def _in_heads(x: Tensor) -> Tensor:
 # Of the own keys, in one of the parts that calls of few queries take, so that there are programs enough; a multiple of
 # every block of keys. No device has timed it.
 _LEAST_KEYS = 256
-_MERGED_ROWS = 4
+_MERGED_PARTS = 32  # at a time
+# Of blocks of rows, in a part of dk and dv of the own keys.
+_LEAST_STEPS = 8
+_DENSE = torch.contiguous_format
 
 
 def _block(length: int, most: int, least: int) -> int:
@@ -128,6 +132,7 @@ _FP32_TILES: dict[str, dict[int, dict[str | None, tuple[int, int, int]]]] = {
 def _tile(kernel: str, query: Tensor, BLOCK_D: int, mask: bool, softcap: bool, gate: bool) -> Tile:
     """A block of rows and a block of keys. Calls with a mask, a cap or a gate hold more in registers."""
     kind, size = chip(query.device), max(64, BLOCK_D)
+    kind = "sm86" if kind == "sm120" else kind
     if kind == "interpreter":
         return Tile(64, 64, 0, 0, 4, 1)
     if query.element_size() > 2:
@@ -145,7 +150,9 @@ def _tile(kernel: str, query: Tensor, BLOCK_D: int, mask: bool, softcap: bool, g
         elif gate and kind == "gfx9" and (kernel, BLOCK_D) == ("dkv", 128):
             warps = 4
         elif kind in ("sm90", "sm100") and (kernel, BLOCK_D) in (("dq", 256), ("dkv", 128)):
-            rows, keys, warps = 32, 32 if kind == "sm100" else 64, 8
+            rows, keys, warps = 32, 32 if kind == "sm100" or (softcap and kernel == "dq") else 64, 8
+        elif softcap and mask and kind == "sm80" and (kernel, BLOCK_D) == ("fwd", 64):
+            rows = 64
         elif kind == "sm90" and (kernel, BLOCK_D) == ("dq", 128):
             rows, keys, warps = 128, 32, 8
     elif mask and kind == "sm90" and (kernel, BLOCK_D) == ("dkv", 128):
@@ -177,8 +184,8 @@ class _Layout:
         self.inputs, self.mask = (query, key, value, prefix_key, prefix_value), mask
         self.block_d = max(16, next_power_of_2(self.DH))
         # A window as long as both sequences hides nothing; neither does a longer one, which 32 bits may not hold.
-        window = None if window is None else min(window, self.S + self.T)
-        self.sizes: tuple[int | None, ...] = (self.Z, self.S, self.T, self.P, self.H_KV, window)
+        self.window = None if window is None else min(window, self.S + self.T)
+        self.sizes: tuple[int | None, ...] = (self.Z, self.S, self.T, self.P, self.H_KV, self.window)
         self.mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
         self.crowded = (mask is not None, softcap, gate)
         self.constants: dict[str, Any] = {
@@ -243,7 +250,8 @@ def _fwd_plan(*layout: Any) -> tuple[Plan, int]:
     call, parts, part_keys = _Layout(*of_call), 1, 0
     tile, strides = call.tile("fwd"), _strides(y)
     if may_split:
-        parts, part_keys = chunks(call.T, _LEAST_KEYS, call.programs(tile))
+        seen = call.T if call.window is None else min(call.T, call.window + call.S + tile.cols)
+        parts, part_keys = chunks(seen, _LEAST_KEYS, call.programs(tile))
     if parts > 1:
         strides = [call.H * call.S * call.DH, call.S * call.DH, call.DH]
     numbers = (*call.sizes, part_keys, *_strides(*call.inputs), *call.mask_strides, *strides)
@@ -255,14 +263,14 @@ def _merge_plan(part_y: Tensor, y: Tensor) -> Plan:
     parts, Z, H, S, DH = part_y.shape
     return Plan(
         attention_merge_kernel,
-        (cdiv(Z * H * S, _MERGED_ROWS),),
+        (Z * H * S,),
         parts,
         Z * H * S,
         H,
         S,
         *_strides(y),
         DH=DH,
-        BLOCK_M=_MERGED_ROWS,
+        BLOCK_N=min(_MERGED_PARTS, next_power_of_2(parts)),
         BLOCK_D=next_power_of_2(DH),
         device=y.device,
         num_warps=4,
@@ -283,35 +291,35 @@ def _dq_plan(*layout: Any) -> Plan:
 
 @by_layout
 def _dkv_plan(*layout: Any) -> tuple[Plan, int]:
-    """A plan, and the number of parts of its results: for the prefix's as many as batch and queries are split into.
+    """A plan, and the number of parts that its results come in, `numel` elements apart where there are several.
 
-    The last four of `layout` are the segment, dy, and dk and dv for the own keys; the others are what `_Layout` takes.
+    The last four of `layout` are the segment, dy, and dk and dv of that segment; the others are what `_Layout` takes.
     """
     *of_call, segment, dy, dk, dv = layout
     call = _Layout(*of_call)
     query, key, value, prefix_key, prefix_value = call.inputs
-    tile = call.tile("dkv")
+    tile, out = call.tile("dkv"), dk if dv is None else dv
     rows = call.row_block(tile)
+    blocks, numel = cdiv(call.S * call.group, rows), out.numel()
     if segment == OWN.value:
-        keys, steps, parts = call.T, 0, call.Z
-        out = dk if dv is None else dv
-        strides = _strides(key, value)
-        block_n = _block(keys, tile.cols, 32)
+        keys, sequences, least = call.T, call.Z, _LEAST_STEPS
+        strides, outs = _strides(key, value), _strides(out)
     else:
-        keys = call.P
-        block_n = _block(keys, tile.cols, 32)
-        parts, steps = chunks(call.Z * cdiv(call.S * call.group, rows), 1, call.H_KV * cdiv(keys, block_n))
-        out = torch.empty((parts, call.H_KV, keys, call.DH), device="meta")
-        strides = [0, *_strides(prefix_key), 0, *_strides(prefix_value)]
+        keys, sequences, least, blocks = call.P, 1, 1, call.Z * blocks
+        strides, outs = [0, *_strides(prefix_key), 0, *_strides(prefix_value)], [0, *_strides(out)]
+    block_n = _block(keys, tile.cols, 32)
+    programs = cdiv(keys, block_n) * call.H_KV * sequences
+    parts, steps = chunks(blocks, least, programs)
     plan = Plan(
         attention_dkv_kernel,
-        (cdiv(keys, block_n) * call.H_KV * parts,),
+        (programs * parts,),
         *call.sizes,
         steps,
         *_strides(dy, query),
         *strides,
         *call.mask_strides,
-        *_strides(out),
+        numel,
+        *outs,
         **call.constants,
         SEGMENT=segment,
         BLOCK_M=rows,
@@ -430,37 +438,37 @@ def attention_bwd(
             # In fp64, for of long sums the eager ones are the more exact: they add the terms of each row first.
             total = delta[1].sum((0, 2), dtype=torch.float64)
             grads["gate"] = (total * (65536 / (65536 - threshold))).to(gate.dtype)
+    rest = (*call.factors, scale, *drop)
+    parts: list[tuple[Tensor, Tensor]] = []
     if left & {"key", "value"}:
-        dk, dv = (_empty_heads(like) if name in needs else None for name, like in (("key", key), ("value", value)))
-        plan, _ = _dkv_plan(*call.layout, OWN.value, dy, dk, dv)
+        outs = [_empty_heads(like) if name in left else None for name, like in (("key", key), ("value", value))]
         of_rows = (lse[0], None) if gate is None else lse[:2]
-        keys = call.inputs[1:3]
-        rest = (*call.factors, scale, *drop)
-        plan(dy, call.inputs[0], *keys, call.mask, call.gate, *of_rows, delta[0], dk, dv, *rest)
-        grads["key"], grads["value"] = dk, dv
-    names = [name for name in ("prefix_key", "prefix_value") if name in needs]
-    if names:
-        grads.update(_prefix_grads(call, dy, prefix_key, lse[-1], delta[-1], drop, names))
+        first = (dy, *call.inputs[:3], call.mask, call.gate, *of_rows, delta[0])
+        parts += _key_grads(call, OWN.value, outs, first, rest)
+        grads["key"], grads["value"] = outs
+    if left & {"prefix_key", "prefix_value"}:
+        pairs = (("prefix_key", prefix_key), ("prefix_value", prefix_value))
+        outs = [torch.empty_like(like, memory_format=_DENSE) if name in left else None for name, like in pairs]
+        first = (dy, call.inputs[0], *call.inputs[3:], None, call.gate, lse[-1], None, delta[-1])
+        parts += _key_grads(call, PREFIX.value, outs, first, rest)
+        grads["prefix_key"], grads["prefix_value"] = outs
+    if parts:
+        sums(*parts)
     return {name: grads[name] for name in needs}
 
 
-def _prefix_grads(
-    call: _Call,
-    dy: Tensor,
-    prefix_key: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    drop: tuple[Tensor | None, int],
-    names: list[str],
-) -> dict[str, Tensor]:
-    plan, splits = _dkv_plan(*call.layout, PREFIX.value, dy, None, None)
-    partials = torch.empty((len(names), splits, *prefix_key.shape), dtype=lse.dtype, device=dy.device)
-    parts = dict(zip(names, partials, strict=True))
-    key, value = parts.get("prefix_key"), parts.get("prefix_value")
-    query, _, _, *keys = call.inputs
-    rest = (*call.factors, call.scale, *drop)
-    plan(dy, query, *keys, None, call.gate, lse, None, delta, key, value, *rest)
-    return dict(zip(names, sums(*((part, prefix_key.dtype) for part in parts.values())), strict=True))
+def _key_grads(
+    call: _Call, segment: int, outs: list[Tensor | None], first: tuple, rest: tuple
+) -> list[tuple[Tensor, Tensor]]:
+    """dk and dv of a segment, in `outs`, or the parts of them and where their sums go."""
+    plan, parts = _dkv_plan(*call.layout, segment, first[0], *outs)
+    if parts == 1:
+        plan(*first, *outs, *rest)
+        return []
+    like = {"dtype": accumulator_dtype(call.inputs[0].dtype), "device": first[0].device}
+    partials = [None if out is None else torch.empty(parts, out.numel(), **like) for out in outs]
+    plan(*first, *partials, *rest)
+    return [(part, out) for part, out in zip(partials, outs, strict=True) if part is not None and out is not None]
 
 
 def attention_dropout_mask(seed: Tensor, shape: tuple[int, int, int, int, int], threshold: int) -> Tensor:

@@ -14,6 +14,7 @@ from .prefix_tile import (
     head_gate,
     in_units,
     keys_seen,
+    keys_seen_by_all,
     logarithm,
     logits,
     natural,
@@ -34,6 +35,29 @@ def _attend(acc, top, total, x, v, seed_ptr, threshold, rows, col, SEGMENT: tl.c
     total = total * shrink + tl.sum(p, 1)
     p = cast(dropped(p, seed_ptr, threshold, rows, col, SEGMENT), v.dtype)
     return dot(p, v, acc * shrink[:, None], PRECISION), new, total
+
+
+@triton.jit
+def _attend_own(state, queries, keys, start, end, call, TILE: tl.constexpr, CONFIG: tl.constexpr, BORDER: tl.constexpr):
+    """(acc, top, total) after the own keys start..end."""
+    acc, top, total = state
+    q, i, h, rows = queries
+    k_ptr, stride_kt, v_ptr, stride_vt = keys
+    sizes, factors, mask, seed_ptr, threshold = call
+    BLOCK_N: tl.constexpr = TILE[0]
+    BLOCK_D: tl.constexpr = TILE[1]
+    DH: tl.constexpr = TILE[2]
+    UNIT: tl.constexpr = TILE[3]
+    WIDE: tl.constexpr = CONFIG[4]
+    PRECISION: tl.constexpr = CONFIG[5]
+    for col in range(start, end, BLOCK_N):
+        j = col + tl.arange(0, BLOCK_N)
+        inside = j < sizes[1]
+        k = features(k_ptr, offsets(j, stride_kt, UNIT, WIDE), inside, q.dtype, DH, BLOCK_D)
+        x, _ = logits(q, k, i, h, col, sizes, factors, mask, OWN, CONFIG, BORDER)
+        v = features(v_ptr, offsets(j, stride_vt, UNIT, WIDE), inside, q.dtype, DH, BLOCK_D)
+        acc, top, total = _attend(acc, top, total, x, v, seed_ptr, threshold, rows, col, OWN, PRECISION)
+    return acc, top, total
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -113,6 +137,7 @@ def attention_fwd_kernel(
     # As in backward.
     KEYS_FIRST: tl.constexpr = X_DTYPE == DTYPE
     CONFIG: tl.constexpr = (CAUSAL, SOFTCAP, MASK_BY_ROW, MASK_UNIT, WIDE, PRECISION, KEYS_FIRST)
+    TILE: tl.constexpr = (BLOCK_N, BLOCK_D, DH, UNIT)
     blocks = tl.cdiv(S * GROUP, BLOCK_M)
     block, kv_head, z = place(tl.program_id(0), blocks, H_KV)
     # The last blocks see most keys under a causal mask: they start first.
@@ -160,16 +185,19 @@ def attention_fwd_kernel(
             v = features(pv_ptr, offsets(p, stride_pvp, UNIT, WIDE), p < P, X_DTYPE, DH, BLOCK_D)
             acc, top, total = _attend(acc, top, total, x, v, seed_ptr, threshold, rows, col, PREFIX, PRECISION)
     if own_y_ptr is None:
-        last = min(S - 1, ((block + 1) * BLOCK_M - 1) // GROUP)
-        start, end = keys_seen(block * BLOCK_M // GROUP, last, sizes, CAUSAL, BLOCK_N)
+        first, last = block * BLOCK_M // GROUP, min(S - 1, ((block + 1) * BLOCK_M - 1) // GROUP)
+        start, end = keys_seen(first, last, sizes, CAUSAL, BLOCK_N)
         if IN_PARTS:
-            start, end = max(start, part * part_keys), min(end, (part + 1) * part_keys)
-        for col in range(start, end, BLOCK_N):
-            j = col + tl.arange(0, BLOCK_N)
-            k = features(k_ptr, offsets(j, stride_kt, UNIT, WIDE), j < T, X_DTYPE, DH, BLOCK_D)
-            x, _ = logits(q, k, i, h, col, sizes, factors, mask, OWN, CONFIG)
-            v = features(v_ptr, offsets(j, stride_vt, UNIT, WIDE), j < T, X_DTYPE, DH, BLOCK_D)
-            acc, top, total = _attend(acc, top, total, x, v, seed_ptr, threshold, rows, col, OWN, PRECISION)
+            start, end = start + part * part_keys, min(end, start + (part + 1) * part_keys)
+        state = (acc, top, total)
+        queries = (q, i, h, rows)
+        keys = (k_ptr, stride_kt, v_ptr, stride_vt)
+        call = (sizes, factors, mask, seed_ptr, threshold)
+        if window is None and not KEYS_FIRST and BLOCK_D <= 128:  # wider heads leave no registers for a second loop
+            full = keys_seen_by_all(first, start, end, sizes, CAUSAL, BLOCK_N)
+            state = _attend_own(state, queries, keys, start, full, call, TILE, CONFIG, False)
+            start = full
+        acc, top, total = _attend_own(state, queries, keys, start, end, call, TILE, CONFIG, True)
     total = tl.where(top == float("-inf"), 1.0, total)
     acc /= total[:, None]
 
@@ -223,28 +251,39 @@ def attention_merge_kernel(
     stride_yh,
     stride_ys,
     DH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """y = Σ exp(lse_part - lse) y_part of rows, ROWS = Z·H·S of them, and lse = log Σ exp(lse_part), natural."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    valid = rows < ROWS
-    top = tl.full((BLOCK_M,), float("-inf"), lse_ptr.dtype.element_ty)
-    for part in range(parts):
-        top = tl.maximum(top, tl.load(part_lse_ptr + part * ROWS + rows, mask=valid, other=float("-inf")))
+    """y = Σ exp(lse_part - lse) y_part of a row, of ROWS = Z·H·S, and lse = log Σ exp(lse_part), natural.
+
+    BLOCK_N parts at a time, added up over them at the end: no load waits for another.
+    """
+    DTYPE: tl.constexpr = lse_ptr.dtype.element_ty
+    row = tl.program_id(0)
+    top = tl.full((BLOCK_N,), float("-inf"), DTYPE)
+    for first in range(0, parts, BLOCK_N):
+        part = first + tl.arange(0, BLOCK_N)
+        at = part.to(tl.int64) * ROWS + row
+        top = tl.maximum(top, tl.load(part_lse_ptr + at, mask=part < parts, other=float("-inf")))
+    top = tl.max(top, 0)
     base = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.zeros_like(top)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), top.dtype)
-    for part in range(parts):
-        at = part * ROWS + rows
-        weight = exp(tl.load(part_lse_ptr + at, mask=valid, other=float("-inf")) - base)
+    total = tl.zeros((BLOCK_N,), DTYPE)
+    acc = tl.zeros((BLOCK_N, BLOCK_D), DTYPE)
+    for first in range(0, parts, BLOCK_N):
+        part = first + tl.arange(0, BLOCK_N)
+        at = part.to(tl.int64) * ROWS + row
+        y = features(part_y_ptr, at * DH, part < parts, DTYPE, DH, BLOCK_D)
+        weight = exp(tl.load(part_lse_ptr + at, mask=part < parts, other=float("-inf")) - base)
         total += weight
-        acc += weight[:, None] * features(part_y_ptr, at * DH, valid, top.dtype, DH, BLOCK_D)
+        acc += weight[:, None] * y
+    total = tl.sum(total, 0)
     total = tl.where(total == 0, 1.0, total)
-    i, h, z = place(rows, S, H)
-    tl.store(lse_ptr + rows, top + logarithm(total, False), mask=valid)
-    y_offs = z * stride_yz + h * stride_yh + i * stride_ys
-    store_features(y_ptr, y_offs, valid, acc / total[:, None], DH, BLOCK_D)
+    y = tl.sum(acc, 0) / total
+    i, h, z = place(row.to(tl.int64), S, H)
+    tl.store(lse_ptr + row, top + logarithm(total, False))
+    d = tl.arange(0, BLOCK_D)
+    at = z * stride_yz + h * stride_yh + i * stride_ys
+    tl.store(y_ptr + at + d, cast(y, y_ptr.dtype.element_ty), mask=d < DH)
 
 
 @triton.jit(do_not_specialize=["threshold"])

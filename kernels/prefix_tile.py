@@ -100,6 +100,14 @@ def keys_seen(first, last, sizes, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def keys_seen_by_all(first, start, end, sizes, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where in start..end the whole blocks of keys end that, without a window, each query from `first` on sees."""
+    S, T, _, _ = sizes
+    full = min(end, first + T - S + 1) if CAUSAL else end
+    return start + max(0, full - start) // BLOCK_N * BLOCK_N
+
+
+@triton.jit
 def queries_seeing(first, last, sizes, CAUSAL: tl.constexpr):
     """The range [start, end) of queries that may see one of the keys first..last."""
     S, T, _, window = sizes
@@ -113,12 +121,25 @@ def queries_seeing(first, last, sizes, CAUSAL: tl.constexpr):
 
 
 @triton.jit
+def queries_seeing_all(last_key, start, end, sizes, CAUSAL: tl.constexpr):
+    """From which query in start..end on, without a window, each sees the keys up to `last_key`."""
+    S, T, _, _ = sizes
+    return min(end, max(start, last_key - (T - S))) if CAUSAL else start
+
+
+@triton.jit
 def _add_bias(x, bias, BASE_2: tl.constexpr):
     """x + an additive mask. -inf stays; finfo.min stays finite: a row of nothing else has a uniform softmax."""
     bias = bias.to(x.dtype)
     if BASE_2:
         bias = tl.where(bias == float("-inf"), bias, in_units(tl.maximum(bias, -2e38), True))
     return x + bias
+
+
+@triton.jit
+def _capped(u, BASE_2: tl.constexpr):
+    """tanh u; beside 16-bit inputs to 2e-7, of 1 and not of what is small: a third of the instructions."""
+    return 1 - 2 / (1 + tl.exp2(u * (2 * LOG2E))) if BASE_2 else _tanh(u)
 
 
 @triton.jit
@@ -136,10 +157,13 @@ def products(a, b, DTYPE: tl.constexpr, KEYS_FIRST: tl.constexpr, PRECISION: tl.
 
 
 @triton.jit
-def logits(q, k, i, h, col, sizes, factors, mask, SEGMENT: tl.constexpr, CONFIG: tl.constexpr):
+def logits(
+    q, k, i, h, col, sizes, factors, mask, SEGMENT: tl.constexpr, CONFIG: tl.constexpr, BORDER: tl.constexpr = True
+):
     """(logits of queries i of heads h for the keys from col on, derivative of the cap); -inf where unseen.
 
-    factors are (scale / softcap, softcap), or (any, scale) without a cap.
+    factors are (scale / softcap, softcap), or (any, scale) without a cap. A tile of own keys that is no BORDER is seen
+    as a whole, but for what attn_mask hides: three quarters of the instructions.
     """
     CAUSAL: tl.constexpr = CONFIG[0]
     SOFTCAP: tl.constexpr = CONFIG[1]
@@ -156,31 +180,32 @@ def logits(q, k, i, h, col, sizes, factors, mask, SEGMENT: tl.constexpr, CONFIG:
     x = products(q, k, DTYPE, KEYS_FIRST, PRECISION)
     slope = 1.0
     if SOFTCAP:
-        x = _tanh(x * tl.full((), inner, DTYPE))
+        x = _capped(x * tl.full((), inner, DTYPE), base_2(q.dtype))
         slope = 1 - x * x
     x *= in_units(tl.full((), outer, DTYPE), base_2(q.dtype))
 
     j = col + tl.arange(0, k.shape[0])
-    if SEGMENT == PREFIX:
-        visible = (j < P)[None, :]
-    else:
-        visible = (j < T)[None, :]
+    visible = (j < (P if SEGMENT == PREFIX else T))[None, :]
+    if SEGMENT == OWN and BORDER:
         if CAUSAL:
             visible = visible & (j[None, :] <= (i + (T - S))[:, None])
         if window is not None:
             visible = visible & (j[None, :] > (i + (T - S - window))[:, None])
-        if mask_ptr is not None:
-            ptrs = mask_ptr + offsets(j, stride_mt, MASK_UNIT, WIDE)[None, :]
-            inside = (j < T // MASK_UNIT * MASK_UNIT)[None, :]
-            if MASK_BY_ROW:
-                rows = offsets(h, stride_mh, MASK_UNIT, WIDE) + offsets(i, stride_ms, MASK_UNIT, WIDE)
-                ptrs += rows[:, None]
-                inside = inside & (i < S)[:, None]
-            if mask_ptr.dtype.element_ty == tl.int1:
-                visible = visible & (tl.load(ptrs, mask=inside, other=0) != 0)
-            else:
-                x = _add_bias(x, tl.load(ptrs, mask=inside, other=0.0), base_2(q.dtype))
-    return tl.where(visible, x, float("-inf")), slope
+    if SEGMENT == OWN and mask_ptr is not None:
+        ptrs = mask_ptr + offsets(j, stride_mt, MASK_UNIT, WIDE)[None, :]
+        inside = (j < T // MASK_UNIT * MASK_UNIT)[None, :]
+        if MASK_BY_ROW:
+            rows = offsets(h, stride_mh, MASK_UNIT, WIDE) + offsets(i, stride_ms, MASK_UNIT, WIDE)
+            ptrs += rows[:, None]
+            inside = inside & (i < S)[:, None]
+        if mask_ptr.dtype.element_ty == tl.int1:
+            visible = visible & (tl.load(ptrs, mask=inside, other=0) != 0)
+            x = tl.where(visible, x, float("-inf"))
+        else:
+            x = _add_bias(x, tl.load(ptrs, mask=inside, other=0.0), base_2(q.dtype))
+    if SEGMENT == PREFIX or BORDER:
+        x = tl.where(visible, x, float("-inf"))
+    return x, slope
 
 
 @triton.jit

@@ -57,7 +57,7 @@ def _skinny_tile(
     if kind != "interpreter" and x.element_size() > 2:
         if split and kind != "sm90":  # three terms of either operand
             return Tile(64, 64, 0, 16, 8, 2)
-        if kind == "sm100" and x.dtype is torch.float32:
+        if kind in ("sm100", "sm120") and x.dtype is torch.float32:
             # Behind a dropout mask Triton 3.7 takes fp32 for TF32 in products of 64 rows, those of tcgen05.
             if precision(x.dtype) == "ieee":
                 return Tile(64, 32, 0, 32, 8, 3) if grad else Tile(32, 64, 0, 32, 8, 3)
@@ -69,19 +69,19 @@ def _skinny_tile(
     # Three terms of the factor beside 256 columns spill on AMD chips, of dF on tcgen05 and, at 64 rows, on wgmma.
     crowded = mixed and (kind == "gfx9" or (kind == "sm100" and grad))
     if factor.shape[1] <= 16 and not with_stats:
-        if kind == "sm90" and mixed and (with_ds or not grad):
+        if kind in ("sm80", "sm90") and mixed and (with_ds or not grad):
             # Timed on an H100: 6 to 40% less than with twice the rows or columns, though s or the factor is read twice
             # as often, from the second-level cache.
             return Tile(64, 128, 0, 16, 4, 3) if grad else Tile(128, 64, 0, 16, 8, 3)
         if (with_ds or x.numel() >= _LARGE) and not crowded:
-            halved = with_ds if kind == "gfx9" else mixed and kind == "sm90"
+            halved = with_ds if kind == "gfx9" else mixed and kind in ("sm80", "sm90")
             rows, cols = (32 if halved else 64, 256) if grad else (256, 64)
-            return Tile(rows, cols, 0, 16, 8, 2 if kind == "sm86" else num_stages)
+            return Tile(rows, cols, 0, 16, 8, 2 if kind in ("sm86", "sm120") else num_stages)
         if crowded and kind == "sm100":
             return Tile(64, 64, 0, 16, 8, num_stages)
         if crowded and with_ds:
             return Tile(32, 128, 0, 16, 8, num_stages)
-        if mixed and kind == "sm86" and not grad:
+        if mixed and kind in ("sm86", "sm120") and not grad:
             return Tile(128, 64, 0, 16, 8, num_stages)
     if not mixed:
         if with_ds:
@@ -91,13 +91,13 @@ def _skinny_tile(
             return Tile(64, 64, 0, 64, 4 if kind == "sm90" else 8, num_stages)
         # Of fp16, sm_80 spills beside 128 ranks and sm_100 with three stages of dF.
         rank, half = factor.shape[1], x.dtype is torch.float16
-        narrow = kind == "sm86" or (kind == "sm80" and half)
+        narrow = kind in ("sm86", "sm120") or (kind == "sm80" and half)
         stages = 2 if kind == "sm100" and half and grad and rank > 16 else num_stages
         return Tile(64, 128, 0, 64 if narrow else 128, 8, stages)
     # Three terms of the factor are alive at once; without wgmma each warp holds them all in registers.
     if kind in ("sm90", "interpreter") or with_ds:
         return Tile(64, 128, 0, 64, 8, num_stages)
-    return Tile(32 if with_stats else 64, 64, 0, 32, 8, 2 if kind == "sm86" else num_stages)
+    return Tile(32 if with_stats else 64, 64, 0, 32, 8, 2 if kind in ("sm86", "sm120") else num_stages)
 
 
 def reads_dy_once(dy: Tensor, factor: Tensor) -> bool:

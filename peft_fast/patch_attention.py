@@ -19,9 +19,13 @@ _MARK = "_peft_fast_attention_dropout"
 
 
 def takes(module: nn.Module) -> bool:
-    """Whether `swap` would do something: its config has attention dropout, and "sdpa" is no function of a user's."""
-    known = behind() in FOLLOWERS
-    return known and not is_swapped(module) and dispatches(module) and _drops(getattr(module, "config", None))
+    """Whether `swap` would do something: its config has attention dropout, and "sdpa" is no function of a user's.
+
+    A model that was patched in another process brings its marks along, but not what "sdpa" stands for.
+    """
+    function = behind()
+    is_free = function in FOLLOWERS and not (is_swapped(module) and function is _attention)
+    return is_free and dispatches(module) and _drops(getattr(module, "config", None))
 
 
 def swap(module: nn.Module) -> None:

@@ -234,7 +234,11 @@ def fusable_lora(layer: lora.Linear, x: Tensor | None = None) -> LoraCall | str:
         return "lora_bias is not fused"
     for tensor in (weight, a, b, weight if bias is None else bias):
         if type(tensor) not in PLAIN_TENSORS:
-            return f"a parameter is {type(tensor).__name__}, not a plain Parameter"
+            reason = f"a parameter is {type(tensor).__name__}, not a plain Parameter"
+            if type(tensor).__name__ != "DTensor":
+                return reason
+            if x is not None:  # FSDP2's are plain ones while the layer runs
+                return f"last call: {reason}"
     if weight.requires_grad:
         return "the base weight requires grad"
     if dropout_p >= 1.0:
@@ -277,6 +281,8 @@ def _why_not_input(
         return "the input was made in inference mode and cannot be saved"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit is tracing"
+    if torch.compiler.is_compiling() and torch.compiler.is_exporting():
+        return "torch.export is tracing"
     dtype, factor_dtype, shape = x.dtype, lora_a.dtype, x.shape
     if dtype not in FLOATING or not shape or weight.dim() != 2 or shape[-1] != weight.shape[1]:
         return "the input does not fit the layer"

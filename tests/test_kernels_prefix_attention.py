@@ -196,8 +196,8 @@ def test_needs(gate, device):
 
 
 def kernels_launched(*needs: str, gate: bool = False) -> list[str]:
-    """The names of the kernels in backward."""
-    case = make_case(2, 8, 2, 128, 128, 16, 64, dtypes="bf16", gate=gate)
+    """The names of the kernels in backward, where the prefix's gradients come in parts and the own keys' do not."""
+    case = make_case(2, 8, 4, 128, 128, 16, 64, dtypes="bf16", gate=gate)
     with recording(GPUTarget("cuda", 90, 32)) as launches:
         run(case, set(needs))
     names = [launch.kernel.__name__ for launch in launches]
@@ -227,16 +227,52 @@ def test_bits_repeat(gate, device):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-# A part of several steps, across sequences, as large batches have.
-def test_parts_of_several_blocks_of_rows(device, monkeypatch):
+# Parts of several steps: of the prefix across sequences, as large batches have; of the own keys where few programs
+# have many queries, some of whose parts see nothing of a block of keys.
+@pytest.mark.parametrize(
+    ("H", "H_KV", "S", "T", "options"),
+    [
+        (2, 1, 40, 20, {"dtypes": "fp32"}),
+        (4, 1, 70, 150, {"dtypes": "bf16", "causal": True, "mask": "bias"}),
+        (4, 2, 150, 70, {"dtypes": "fp32", "causal": True, "window": 40}),
+        (3, 1, 90, 130, {"dtypes": "fp16-fp32", "causal": True, "gate": True}),
+    ],
+    ids=["prefix", "causal", "window", "gate"],
+)
+def test_parts_of_the_rows(H, H_KV, S, T, options, device, monkeypatch):
     chunks = prefix_attention.chunks
-    monkeypatch.setattr(_launch, "_plans", {})
+    parts = {}
 
     def of_rows(length, block, programs):
-        return chunks(length, 3, 128) if block == 1 else (1, length)
+        if block == prefix_attention._LEAST_KEYS:
+            return 1, length
+        found = chunks(length, 3 if block == 1 else block, 1)
+        parts[block] = found[0]
+        return found
 
+    monkeypatch.setattr(_launch, "_plans", {})
+    monkeypatch.setattr(prefix_attention, "_LEAST_STEPS", 2)
     monkeypatch.setattr(prefix_attention, "chunks", of_rows)
-    assert_matches(make_case(5, 2, 1, 40, 20, 5, 16, dtypes="fp32", p=0.1, device=device))
+    monkeypatch.setattr(prefix_attention, "_tile", lambda *_: Tile(32, 64, 0, 0, 4, 1))
+    assert_matches(make_case(5, H, H_KV, S, T, 5, 16, p=0.1, device=device, **options))
+    assert parts[1] > 1
+    assert parts[2] > 1 or S == 40
+
+
+# A mask for each key alone says something of the rows behind the last one too: their weights must be nothing, not
+# infinite.
+@pytest.mark.parametrize(("dtypes", "bias"), [("fp32", 100.0), ("bf16", 100.0), ("fp16", 12.0)])
+def test_large_positive_masks(dtypes, bias, device):
+    case = make_case(2, 2, 2, 20, 20, 5, 16, dtypes=dtypes, mask="keys", device=device)
+    case.attn_mask = torch.where(case.attn_mask, bias, 0.0).to(case.inputs.query.dtype)
+    of_keys = run(case)
+    case.attn_mask = case.attn_mask.expand(-1, -1, 20, -1).contiguous()
+    of_rows = run(case)
+    for name, found in of_keys.items():
+        assert found.isfinite().all(), name
+        assert torch.equal(found, of_rows[name]), name
+    if dtypes == "fp16":  # more takes digits of lse that the budget knows nothing of
+        assert_matches(case)
 
 
 @pytest.fixture
@@ -263,15 +299,20 @@ def parts(monkeypatch):
     [
         (1, 1, 1, 1, 600, 5, 64, {"causal": True, "dtypes": "bf16"}),
         (2, 8, 2, 1, 390, 16, 40, {"mask": "keys", "dtypes": "fp16-fp32"}),
-        (1, 4, 2, 40, 300, 5, 16, {"causal": True, "window": 90, "mask": "bool", "p": 0.1}),
+        (1, 4, 2, 40, 300, 5, 16, {"causal": True, "window": 200, "mask": "bool", "p": 0.1}),
+        (1, 4, 1, 2, 900, 5, 16, {"causal": True, "window": 200}),
         (1, 2, 1, 150, 140, 70, 16, {"causal": True, "softcap": 4.0, "mask": "-inf"}),
         (1, 2, 2, 3, 300, 5, 3, {"mask": "min", "dtypes": "fp64"}),
+        (1, 1, 1, 1, 4300, 5, 16, {"causal": True, "dtypes": "bf16"}),
     ],
-    ids=["decoding", "padding", "window", "causal", "fp64"],
+    ids=["decoding", "padding", "window", "short-window", "causal", "fp64", "many"],
 )
 def test_parts_of_the_keys(Z, H, H_KV, S, T, P, DH, options, parts, device):
     assert_matches(make_case(Z, H, H_KV, S, T, P, DH, device=device, **options))
-    assert set(parts) == {-(-T // 128)}
+    # With a window, of what it lets through: no part beyond it.
+    seen = min(T, options.get("window", T) + S + 128)
+    assert set(parts) <= {-(-T // 128), -(-seen // 128)}
+    assert max(parts) * 128 < seen + 128
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # numpy's, in the interpreter

@@ -311,6 +311,16 @@ def test_another_implementation_chosen_later_is_taken(calls):
         assert sum(map(patch_attention.is_used, attention_modules(model))) == fast
 
 
+def test_a_model_patched_in_another_process_is_taken_again(calls):
+    model = patched_model()
+    AttentionInterface.register("sdpa", sdpa_attention_forward)  # as it is there
+    model(**families.batch("bert"))
+    assert not calls
+    peft_fast.patch(model)
+    model(**families.batch("bert"))
+    assert calls
+
+
 def test_models_without_attention_dropout_are_left_alone():
     model = classifier(attention_dropout=0.0)
     model.config.attention_probs_dropout_prob = 0.0

@@ -245,3 +245,25 @@ class TestStockRuns:
         layer, x = lora_layers(model)[0].eval(), torch.randn(3, 32)
         graph = torch.jit.trace(layer, x, check_trace=False)
         assert torch.allclose(graph(x), layer(x), atol=1e-6)
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+    @pytest.mark.parametrize("strict", [False, True])
+    def test_what_is_exported_has_torchs_calls_alone(self, strict):
+        layer, x = lora_layers(patched_copy(lora_model()))[0], torch.randn(3, 32)
+        exported = torch.export.export(layer, (x,), strict=strict)
+        assert "peft_fast" not in exported.graph_module.code
+        assert torch.allclose(exported.module()(x), layer(x), atol=1e-6)
+
+    def test_sharded_tensors(self):
+        layer = lora_layers(patched_copy(lora_model()))[0]
+        x = torch.randn(3, 32)
+
+        class DTensor(torch.Tensor):
+            """Named as torch's, of which there is none without processes."""
+
+        expected = layer(x).detach()
+        weight = layer.base_layer.weight
+        layer.base_layer._parameters["weight"] = weight.data.as_subclass(DTensor)
+        assert peft_fast.report(layer).rows[0].state == "fused"  # FSDP2 makes it a plain one for the forward
+        assert torch.allclose(layer(x).as_subclass(torch.Tensor), expected, atol=1e-6)
+        assert "last call: a parameter is DTensor" in peft_fast.report(layer).rows[0].reason

@@ -156,6 +156,17 @@ class PrefixModel(RefusesMixedBatches, BaseTuner):
     _front: Front | None = None
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        try:
+            self._inject(model, adapter_name, *args, **kwargs)
+        except BaseException:  # leave the model as it was
+            for layer in self._layers():
+                if adapter_name in layer.prefix_config:
+                    layer.delete_adapter(adapter_name)
+            self.peft_config.pop(adapter_name, None)
+            self._take_off(only_empty=True)
+            raise
+
+    def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if self._switch is None:
             self._switch = Switch(model)
@@ -268,7 +279,7 @@ class PrefixModel(RefusesMixedBatches, BaseTuner):
             delattr(self._front.stack.first, ROWS)
             self._front = None
         self._hook_positions()
-        if not self.peft_config:
+        if not self.peft_config and self._switch is not None:
             self._switch.off()
             self._switch = None
 

@@ -69,7 +69,7 @@ class _FromMask:
         S = (given["inputs_embeds"] if tokens is None else tokens).shape[1]
         past = cache_of(given)
         start = 0 if past is None else past.get_seq_length()
-        padding = mask.long().argmax(1, keepdim=True)
+        padding = (mask != 0).long().argmax(1, keepdim=True)
         positions = (torch.arange(S, device=mask.device) + start - padding).clamp(min=0)
         return args, kwargs | {"position_ids": positions}
 

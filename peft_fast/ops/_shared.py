@@ -51,8 +51,9 @@ def saved_tensors(ctx: Any, op: str) -> tuple[Tensor | None, ...]:
         if "modified by an inplace operation" not in str(error):
             raise
         raise RuntimeError(
-            f"{op}: a tensor saved for backward, the layer's input x or what it returned, was changed in place after "
-            "that. Change a copy of it, or take this model back with peft_fast.unpatch(model)."
+            f"{op}: a tensor saved for backward was changed in place after that. If it is the layer's input x or what "
+            "it returned, change a copy of it, or take this model back with peft_fast.unpatch(model); if it is a "
+            "parameter, run backward before optimizer.step()."
         ) from error
 
 
