@@ -25,6 +25,8 @@ from peft_fast.methods.prefix_config import PrefixConfig
 from peft_fast.methods.prefix_interface import FRONT, cache_of
 from peft_fast.methods.prefix_targets import find_attention
 
+# What a module that needs the tokens before it takes.
+_CACHES = {"cache", "cache_params", "layer_past", "past_key_values"}
 # The name of the rows among the children of the module that they are put in front of.
 ROWS = "input_prefix"
 _Prefix = tuple[Tensor, Tensor, Tensor | None]
@@ -121,6 +123,17 @@ def find_stack(model: nn.Module) -> Stack:
     width = owner.config.get_text_config().hidden_size
     attention = [model.get_submodule(name) for name in found]
     causal = set(found.values()) == {"decoder"}
+    others = {
+        type(module).__name__
+        for path, module in blocks.named_modules(prefix=name)
+        if causal and not any(f"{place}.".startswith(f"{path}.") for place in found)
+        if _CACHES & inspect.signature(module.forward).parameters.keys()
+    }
+    if others:
+        raise ValueError(
+            f"layers: 'input' needs a causal model in which nothing but attention mixes tokens, and "
+            f"{type(model).__name__} has {', '.join(sorted(others))}; use layers='all'"
+        )
     parent = parents[0]
     checkpointing = (owner, parent, blocks[0])
     if next(iter(inspect.signature(parent.forward).parameters)) == "hidden_states":
@@ -178,6 +191,12 @@ class Front:
         if not P:
             return prefix, mask
         if self.now.alone is not None:
+            if module in self.now.keys or (mask is not None and mask.shape[1] > 1):
+                found = "calls it again" if module in self.now.keys else "has a mask for each head"
+                raise ValueError(
+                    f"layers: 'input' needs each module to call attention once, behind the mask of all heads, and a "
+                    f"{type(module).__name__} {found}; use layers='all'"
+                )
             self.now.keys[module] = key, value
             # Whatever the layer's window, and whatever packing the positions look like: the rows see each other in the
             # same way in front of a sequence.
@@ -294,6 +313,13 @@ class Front:
             for part in was_training:
                 part.training = True
         self.now.made_from = made_from
+
+    @torch.no_grad()
+    def try_out(self) -> None:
+        """Compute keys and values once, which raises ValueError where they are not all that the rows would do."""
+        if self.stack.causal:
+            self._run(self.stack.owner, (), {})
+            self._forget(self.stack.owner, (), {}, None)
 
     def _made_from(self) -> Any:
         rows = [self.layer.prefix_input[name] for name in self.layer.active_prefixes()]
