@@ -168,9 +168,12 @@ class Front:
             stack.owner.register_forward_hook(self._trim),
         ]
         for module in stack.owner.modules():
+            accepted = inspect.signature(module.forward).parameters
             turns = any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
-            if turns and "position_ids" in inspect.signature(module.forward).parameters:
+            if turns and "position_ids" in accepted:
                 self.handles.append(module.register_forward_pre_hook(self._positions, with_kwargs=True))
+            if "padding_mask" in accepted:
+                self.handles.append(module.register_forward_pre_hook(self._padding, with_kwargs=True))
         if stack.causal:
             self.handles += [
                 stack.owner.register_forward_pre_hook(self._run, with_kwargs=True),
@@ -255,32 +258,45 @@ class Front:
         return output
 
     def _trim(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        """Cut the rows off the hidden states of all layers too, if they are part of the output."""
+        """Cut the rows off the hidden states and router logits of all layers too, if they are part of the output."""
         P = self._inserted()
         if not P:
             return None
-        wide = output[0].shape[1] + P
+        Z, wide = output[0].shape[0], output[0].shape[1] + P
 
         def cut(value: Any) -> Any:
             if isinstance(value, (tuple, list)):
                 return type(value)(cut(item) for item in value)
-            return value[:, P:] if isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] == wide else value
+            if isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] == wide:
+                return value[:, P:]
+            if isinstance(value, Tensor) and value.dim() == 2 and value.shape[0] == Z * wide:  # a router's logits
+                return value.unflatten(0, (Z, wide))[:, P:].flatten(0, 1)
+            return value
 
         if isinstance(output, tuple):
             return cut(output)
-        if output.get("hidden_states") is not None:
-            output.hidden_states = cut(output.hidden_states)
+        for name in "hidden_states", "router_logits":
+            if output.get(name) is not None:
+                setattr(output, name, cut(output[name]))
         return output
 
     def _positions(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         P = self._inserted()
         if not P:
             return None
-        names = list(inspect.signature(module.forward).parameters)
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given = _by_name(module, args, kwargs)
         own: Any = given["position_ids"]
         rows = torch.arange(-P, 0, device=own.device, dtype=own.dtype).expand(*own.shape[:-1], -1)
         return (), given | {"position_ids": torch.cat([rows, own], -1)}
+
+    def _padding(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Widen attention's mask where a layer hands it to its router too."""
+        P = self._inserted()
+        given = _by_name(module, args, kwargs)
+        mask = given.get("padding_mask")
+        if not P or mask is None or mask.dim() != 4:
+            return None
+        return (), given | {"padding_mask": _widen(mask, P, mask.shape[-2], self.stack.causal)}
 
     def _run(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """Compute the rows' keys and values, once for all layers and the whole batch."""
@@ -332,6 +348,10 @@ class Front:
         cached = isinstance(output, Mapping) and cache_of(output) is not None
         if self.now.alone is None and (self.now.made_from is None or not cached):
             self.now.keys, self.now.made_from = {}, None
+
+
+def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
 
 
 def _widen(mask: Tensor, P: int, S: int, causal: bool) -> Tensor:
