@@ -11,12 +11,12 @@ from torch import Tensor, nn
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def tokens(*shape: int) -> Tensor:
-    return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(1))
-
-
 _LAYERS = {"layer_types": ["linear_attention", "full_attention"]}
 _MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_state": 4, "use_mamba_kernels": False}
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize(
