@@ -1,4 +1,4 @@
-"""Patched models under DDP and FSDP2, on two processes: the gradients of stock."""
+"""Patched models under DDP and FSDP2, on two processes: the gradients of stock. Prefixes at the input layer in one."""
 
 import copy
 import sys
@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from families import batch
+from prefix_rows import parameter, with_rows
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -54,6 +56,38 @@ def worker(rank: int, store: str, wrapper: str) -> None:
         for name, value in expected.items():
             assert torch.allclose(actual[name], value, rtol=1e-4, atol=1e-5 * value.abs().max().item() + 1e-8), name
         dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_rows_at_the_input_layer_under_fsdp(tmp_path):
+    """In one process: each layer's weights are gathered when it runs, and freed when its own backward is through."""
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", timedelta(seconds=60), world_size=1, rank=0)
+    try:
+        model = with_rows("llama").train()
+        sharded = copy.deepcopy(model)
+        for layer in sharded.base_model.model.model.layers:
+            fully_shard(layer)
+        fully_shard(sharded)
+        for checkpointing in False, True:
+            outputs = []
+            for each in model, sharded:
+                if checkpointing:
+                    each.gradient_checkpointing_enable()
+                each.zero_grad()
+                output = each(**batch("llama"))
+                output.loss.backward()
+                outputs.append((output.logits, whole(parameter(each).grad)))
+            torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-6)
+        steps = []
+        for each in model.eval(), sharded.eval():
+            ids = batch("llama")["input_ids"]
+            with torch.no_grad():
+                past = each(input_ids=ids[:, :-1]).past_key_values
+                steps.append(each(input_ids=ids[:, -1:], past_key_values=past).logits)
+        torch.testing.assert_close(steps[1], steps[0])
+        with pytest.raises(ValueError, match=r"^layers: 'input' goes on from a cache under FSDP only where gradients"):
+            sharded(input_ids=ids[:, -1:], past_key_values=past)
     finally:
         dist.destroy_process_group()
 

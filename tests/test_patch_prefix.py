@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from families import TASKS, VOCABULARY, batch, build
+from families import _DECODER, TASKS, VOCABULARY, batch, build
 from peft import PrefixTuningConfig, get_peft_model
 from prefix_models import P, save
 from torch import nn
@@ -429,6 +429,25 @@ def test_where_peft_is_wrong(family):
         peft_fast.patch(copy.deepcopy(stock), strict=True)
     peft_fast.unpatch(patched)
     assert type(patched) is type(stock)
+
+
+@pytest.mark.parametrize("kind", ["DiffLlama", "JetMoe", "Doge"])
+def test_modules_that_change_what_the_cache_returns(kind, monkeypatch):
+    """Split and attended to twice, repeated, made a mask of. What the source does not say is found in the call."""
+    torch.manual_seed(0)
+    config = getattr(tf, f"{kind}Config")(**_DECODER, kv_channels=8, num_local_experts=4)
+    stock = tuned(base=getattr(tf, f"{kind}ForCausalLM")(config), task="CAUSAL_LM").train()
+    reasons = []
+    for known in (True, False) if kind != "Doge" else (True,):
+        if not known:
+            monkeypatch.setattr(sys.modules["peft_fast.methods.prefix_patch"], "hands_on", lambda kind: True)
+        patched = patched_copy(stock)
+        for _ in range(2):
+            expected, actual = step(stock, batch("llama")), step(patched, batch("llama"))
+            torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+            reasons.append(row(patched).reason)
+    assert set(reasons[:2]) == {f"{kind}Attention does more with the keys and values of the cache than attend to them"}
+    assert set(reasons[2:]) <= {"last call: the base model changes keys and values between its cache and attention"}
 
 
 def test_what_runs_stock():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers as tf
-from families import FAMILIES, TASKS, VOCABULARY, build
+from families import _DECODER, FAMILIES, TASKS, VOCABULARY, build
 from peft import PeftConfig, PeftModel, get_peft_model
 from prefix_models import ROTARY, assert_same, data, logits, prefix_layers, prefixed, save, step
 
@@ -161,6 +161,12 @@ def test_a_string_needs_its_tokenizer(monkeypatch):
 def test_models_without_tokens_have_no_text():
     with pytest.raises(ValueError, match="init: 'vocab' needs a model that reads token ids, got a ViT"):
         get_peft_model(build("vit"), PrefixConfig(init="vocab"))
+
+
+def test_a_module_that_attends_twice_has_no_text():
+    base = tf.DiffLlamaForCausalLM(tf.DiffLlamaConfig(**_DECODER))
+    with pytest.raises(ValueError, match=r"^init: model.layers.0.self_attn attends to its keys more than once; use 'r"):
+        with_text(base)
 
 
 def test_zero_values_are_no_base_model():

@@ -62,7 +62,9 @@ def init_from_tokens(model: Any, adapter_name: str, tokens: Tensor) -> None:
     for name, layer in wanted.items():
         if not recorded[layer] or recorded[layer][0][0].shape[2] != P:
             raise ValueError(f"init: {name} did not compute keys of the {P} tokens; exclude it, or use 'random'")
-        key, value = recorded[layer][0]
+        (key, value), *others = recorded[layer]
+        if any(other is key for other, _ in others):
+            raise ValueError(f"init: {name} attends to its keys more than once; use 'random'")
         layer.prefix_key[adapter_name].copy_(key[0])
         layer.prefix_value[adapter_name].copy_(value[0])
 
@@ -85,6 +87,7 @@ def init_input(front: Front, adapter_name: str, config: PrefixConfig) -> None:
         inputs = _inputs(model, _from_vocabulary(model, config) if tokens is None else tokens)
     hidden = _record(model, inputs)[front.layer][0][0].to(rows)
     rows.copy_(rows * hidden.std() if tokens is None else hidden)
+    front.try_out()
 
 
 def _record(model: Any, inputs: dict[str, Any]) -> dict[nn.Module, list]:

@@ -7,7 +7,7 @@ Where every token sees every other (encoders), the rows run through the layers i
 behind the last one. Where attention is causal, the rows see only each other. Their keys and values are then the same
 for the whole batch: the frozen stack runs once on the rows alone, and every layer gets what it computed there as its
 prefix, so that caches and positions stay those of the base model. Under gradient checkpointing, which runs layers again
-and keeps no caches, causal models also have the rows in front of the sequence.
+and keeps no caches, and in training under FSDP, causal models also have the rows in front of the sequence.
 """
 
 import inspect
@@ -25,6 +25,8 @@ from peft_fast.methods.prefix_config import PrefixConfig
 from peft_fast.methods.prefix_interface import FRONT, cache_of
 from peft_fast.methods.prefix_targets import find_attention
 
+# What a module that needs the tokens before it takes.
+_CACHES = {"cache", "cache_params", "layer_past", "past_key_values"}
 # The name of the rows among the children of the module that they are put in front of.
 ROWS = "input_prefix"
 _Prefix = tuple[Tensor, Tensor, Tensor | None]
@@ -121,6 +123,17 @@ def find_stack(model: nn.Module) -> Stack:
     width = owner.config.get_text_config().hidden_size
     attention = [model.get_submodule(name) for name in found]
     causal = set(found.values()) == {"decoder"}
+    others = {
+        type(module).__name__
+        for path, module in blocks.named_modules(prefix=name)
+        if causal and not any(f"{place}.".startswith(f"{path}.") for place in found)
+        if _CACHES & inspect.signature(module.forward).parameters.keys()
+    }
+    if others:
+        raise ValueError(
+            f"layers: 'input' needs a causal model in which nothing but attention mixes tokens, and "
+            f"{type(model).__name__} has {', '.join(sorted(others))}; use layers='all'"
+        )
     parent = parents[0]
     checkpointing = (owner, parent, blocks[0])
     if next(iter(inspect.signature(parent.forward).parameters)) == "hidden_states":
@@ -136,8 +149,8 @@ class _Now(PerThread):
     # Keys and values (1, H_KV, P, DH) of the rows by attention module, and the parameters that they were made from.
     keys: dict[nn.Module, tuple[Tensor, Tensor]] | None = None
     made_from: Any = None
-    # While not None: the stack runs on the rows alone, and fills `keys`.
-    alone: Tensor | None = None
+    # While it is true, the stack runs on the rows alone, and fills `keys`.
+    alone = False
 
 
 class Front:
@@ -155,9 +168,12 @@ class Front:
             stack.owner.register_forward_hook(self._trim),
         ]
         for module in stack.owner.modules():
+            accepted = inspect.signature(module.forward).parameters
             turns = any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
-            if turns and "position_ids" in inspect.signature(module.forward).parameters:
+            if turns and "position_ids" in accepted:
                 self.handles.append(module.register_forward_pre_hook(self._positions, with_kwargs=True))
+            if "padding_mask" in accepted:
+                self.handles.append(module.register_forward_pre_hook(self._padding, with_kwargs=True))
         if stack.causal:
             self.handles += [
                 stack.owner.register_forward_pre_hook(self._run, with_kwargs=True),
@@ -177,7 +193,13 @@ class Front:
         P = self.layer.length()
         if not P:
             return prefix, mask
-        if self.now.alone is not None:
+        if self.now.alone:
+            if module in self.now.keys or (mask is not None and mask.shape[1] > 1):
+                found = "calls it again" if module in self.now.keys else "has a mask for each head"
+                raise ValueError(
+                    f"layers: 'input' needs each module to call attention once, behind the mask of all heads, and a "
+                    f"{type(module).__name__} {found}; use layers='all'"
+                )
             self.now.keys[module] = key, value
             # Whatever the layer's window, and whatever packing the positions look like: the rows see each other in the
             # same way in front of a sequence.
@@ -204,20 +226,26 @@ class Front:
         ), mask
 
     def _in_sequence(self) -> bool:
-        if not self.stack.causal:
+        if not self.stack.causal or self._sharded():
             return True
         return any(m.training and getattr(m, "gradient_checkpointing", False) for m in self.stack.checkpointing)
 
+    def _sharded(self) -> bool:
+        """Whether FSDP frees a layer's weights after its own backward, which that of the rows' keys may follow."""
+        # By a method of FSDPModule, which torch has only where it is built with distributed.
+        return torch.is_grad_enabled() and hasattr(self.stack.checkpointing[-1], "unshard")
+
     def _inserted(self) -> int:
         """How many rows stand in front of the sequence in the layers."""
-        return self.layer.length() if self.now.alone is None and self._in_sequence() else 0
+        return self.layer.length() if not self.now.alone and self._in_sequence() else 0
 
     def _insert(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         hidden = args[0] if args else kwargs["hidden_states"]
         if self.layer.recorded is not None:
             self.layer.recorded.append(hidden.detach())
-        if self.now.alone is not None:
-            hidden = self.now.alone.to(hidden.device, hidden.dtype)
+        if self.now.alone:
+            # Not before: FSDP gathers the rows with the layer's own weights.
+            hidden = self.layer.rows(hidden)[None]
         elif self._inserted():
             hidden = torch.cat([self.layer.rows(hidden).expand(len(hidden), -1, -1), hidden], 1)
         else:
@@ -228,51 +256,69 @@ class Front:
         P = self._inserted()
         if not P:
             return None
+
+        def cut(hidden: Tensor) -> Tensor:
+            return hidden[:, P:].clone() if self._sharded() else hidden[:, P:]  # FSDP warns of views
+
         if isinstance(output, Tensor):
-            return output[:, P:]
+            return cut(output)
         if isinstance(output, tuple):
-            return output[0][:, P:], *output[1:]
-        output.last_hidden_state = output.last_hidden_state[:, P:]
+            return cut(output[0]), *output[1:]
+        output.last_hidden_state = cut(output.last_hidden_state)
         return output
 
     def _trim(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        """Cut the rows off the hidden states of all layers too, if they are part of the output."""
+        """Cut the rows off the hidden states and router logits of all layers too, if they are part of the output."""
         P = self._inserted()
         if not P:
             return None
-        wide = output[0].shape[1] + P
+        Z, wide = output[0].shape[0], output[0].shape[1] + P
 
         def cut(value: Any) -> Any:
             if isinstance(value, (tuple, list)):
                 return type(value)(cut(item) for item in value)
-            return value[:, P:] if isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] == wide else value
+            if isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] == wide:
+                return value[:, P:]
+            if isinstance(value, Tensor) and value.dim() == 2 and value.shape[0] == Z * wide:  # a router's logits
+                return value.unflatten(0, (Z, wide))[:, P:].flatten(0, 1)
+            return value
 
         if isinstance(output, tuple):
             return cut(output)
-        if output.get("hidden_states") is not None:
-            output.hidden_states = cut(output.hidden_states)
+        for name in "hidden_states", "router_logits":
+            if output.get(name) is not None:
+                setattr(output, name, cut(output[name]))
         return output
 
     def _positions(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         P = self._inserted()
         if not P:
             return None
-        names = list(inspect.signature(module.forward).parameters)
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given = _by_name(module, args, kwargs)
         own: Any = given["position_ids"]
         rows = torch.arange(-P, 0, device=own.device, dtype=own.dtype).expand(*own.shape[:-1], -1)
         return (), given | {"position_ids": torch.cat([rows, own], -1)}
 
+    def _padding(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Widen attention's mask where a layer hands it to its router too."""
+        P = self._inserted()
+        given = _by_name(module, args, kwargs)
+        mask = given.get("padding_mask")
+        if not P or mask is None or mask.dim() != 4:
+            return None
+        return (), given | {"padding_mask": _widen(mask, P, mask.shape[-2], self.stack.causal)}
+
     def _run(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """Compute the rows' keys and values, once for all layers and the whole batch."""
         P = self.layer.length()
-        if not P or self.now.alone is not None or self._in_sequence():
+        past = cache_of(kwargs)
+        if P and self._sharded() and past is not None and past.get_seq_length() > 0:
+            raise ValueError("layers: 'input' goes on from a cache under FSDP only where gradients are off")
+        if not P or self.now.alone or self._in_sequence():
             return
         made_from = self._made_from()
-        past = cache_of(kwargs)
         if made_from is not None and made_from == self.now.made_from and past is not None and past.get_seq_length() > 0:
             return
-        parameter = next(iter(self.layer.prefix_input.values()))
         accepted = inspect.signature(module.forward).parameters
         inputs: dict[str, Any] = {"input_ids": torch.zeros(1, P, dtype=torch.long, device=module.device)}
         if "position_ids" in accepted:
@@ -281,19 +327,26 @@ class Front:
             inputs["position_ids"] = torch.arange(-P, 0, device=module.device)[None] * turned
         if "use_cache" in accepted:
             inputs["use_cache"] = False
-        was_training = [part for part in module.modules() if part.training]
-        self.now.keys, self.now.made_from = {}, None
-        self.now.alone = self.layer.rows(parameter)[None]
+        # The rows have a dropout of their own, as in front of a sequence.
+        was_training = [part for part in module.modules() if part.training and part is not self.layer]
+        self.now.keys, self.now.made_from, self.now.alone = {}, None, True
         try:
             # One draw of dropout would be shared by the whole batch.
             for part in was_training:
                 part.training = False
             module(**inputs)
         finally:
-            self.now.alone = None
+            self.now.alone = False
             for part in was_training:
                 part.training = True
         self.now.made_from = made_from
+
+    @torch.no_grad()
+    def try_out(self) -> None:
+        """Compute keys and values once, which raises ValueError where they are not all that the rows would do."""
+        if self.stack.causal:
+            self._run(self.stack.owner, (), {})
+            self._forget(self.stack.owner, (), {}, None)
 
     def _made_from(self) -> Any:
         rows = [self.layer.prefix_input[name] for name in self.layer.active_prefixes()]
@@ -304,8 +357,12 @@ class Front:
     def _forget(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Keep nothing but what the next step of generation needs, whose cache was computed behind the same rows."""
         cached = isinstance(output, Mapping) and cache_of(output) is not None
-        if self.now.alone is None and (self.now.made_from is None or not cached):
+        if not self.now.alone and (self.now.made_from is None or not cached):
             self.now.keys, self.now.made_from = {}, None
+
+
+def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
 
 
 def _widen(mask: Tensor, P: int, S: int, causal: bool) -> Tensor:

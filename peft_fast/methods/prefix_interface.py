@@ -7,7 +7,9 @@ model's file, and a user may have a function under "sdpa": those configs get a n
 masks. No module is replaced and no cache is touched, so that positions, masks and lengths stay those of the base model.
 """
 
+import ast
 import inspect
+import textwrap
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -26,7 +28,8 @@ from peft_fast.ops.prefix_attention import apply_prefix_attention
 CHILD = "attn_prefix"
 # The name of what stands for a prefix at the input layer in each attention module behind it.
 FRONT = "_input_prefix"
-# The keyword under which a caller hands attention modules a prefix for one forward: a function of the module.
+# The keyword under which a caller hands attention modules a prefix for one forward: a function of the module, its keys
+# and its values.
 GIVEN = "peft_fast_prefix"
 NAMES = {"eager": "peft_fast_prefix_eager", "sdpa": "peft_fast_prefix_sdpa"}
 _CHOSEN = {name: implementation for implementation, name in NAMES.items()}
@@ -42,6 +45,33 @@ def dispatches(module: nn.Module) -> bool:
     forward = getattr(type(module), "forward", None)  # a scripted module's raises an AttributeError
     code = None if forward is None else getattr(inspect.unwrap(forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def hands_on(kind: type) -> bool:
+    """Whether a class of attention modules does nothing with what its cache returns but call attention on it.
+
+    Read off the source of its forward, since a checkpointed layer has no cache in which this could be seen. True where
+    there is none.
+    """
+    try:
+        nodes = list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward))))))  # type: ignore
+    except (OSError, TypeError, SyntaxError):
+        return True
+    for node in nodes:
+        match node:
+            case ast.Assign(
+                targets=[ast.Tuple(elts=[ast.Name(id=key), ast.Name(id=value)])],
+                value=ast.Call(func=ast.Attribute(attr="update")),
+            ):
+                after = [other for other in nodes if getattr(other, "lineno", 0) > (node.end_lineno or 0)]
+                fair = {other.value for other in after if isinstance(other, ast.Attribute) and other.attr == "shape"}
+                for call in (other for other in after if isinstance(other, ast.Call)):
+                    arguments = {*call.args, *(word.value for word in call.keywords)}
+                    if {key, value} <= {argument.id for argument in arguments if isinstance(argument, ast.Name)}:
+                        fair |= arguments
+                if any(isinstance(other, ast.Name) and other.id in (key, value) for other in set(after) - fair):
+                    return False
+    return True
 
 
 class Switch:
@@ -132,7 +162,7 @@ def _attention(
         layer.recorded.append((key, value))
     prefix = None if layer is None else layer.prefix()
     given = kwargs.pop(GIVEN, None)
-    if given is not None and (rows := given(module)) is not None:
+    if given is not None and (rows := given(module, key, value)) is not None:
         prefix = (*rows, None)
         if attention_mask is not None and attention_mask.shape[-1] == rows[0].shape[1] + key.shape[2]:
             attention_mask = attention_mask[..., rows[0].shape[1] :]

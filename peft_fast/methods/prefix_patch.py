@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from peft_fast.methods.prefix_interface import CHILD, GIVEN, NAMES, configs, dispatches, name_for
+from peft_fast.methods.prefix_interface import CHILD, GIVEN, NAMES, configs, dispatches, hands_on, name_for
 from peft_fast.methods.prefix_targets import side
 from peft_fast.support import STOCK_CALL, wraps
 
@@ -29,6 +29,11 @@ _NAMED = {name: implementation for implementation, name in NAMES.items()}
 _TO_CONFIG = "train a peft_fast.PrefixConfig instead, which is right there"
 CHECKPOINTED = "right under gradient checkpointing, where stock loses the prefix or crashes"
 _NOT_HANDED_ON = "last call: the base model did not hand the prefix on to its attention modules"
+_CHANGED = "last call: the base model changes keys and values between its cache and attention"
+
+
+class _ChangedError(Exception):
+    """Attention got something else than the keys and values of the cache, which the prefix would not fit."""
 
 
 class _HeldLayer(DynamicLayer):
@@ -99,10 +104,13 @@ class _Call:
         self.cache = prompt
         return prompt
 
-    def __call__(self, module: Any) -> tuple[Tensor, Tensor] | None:
+    def __call__(self, module: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
         """Keys and values (H_KV, P, DH) for an attention module; None where peft's own cache is in use."""
         if not self.layers:
             return None
+        tokens = self.tokens(module.layer_idx)
+        if tokens is not None and not (key is tokens[0] and value is tokens[1]):
+            raise _ChangedError
         grad = torch.is_grad_enabled()
         self.repeats |= self.records and not grad
         self.served.add(module.layer_idx)
@@ -116,14 +124,18 @@ class _Call:
                     "backward, which repeats the forward: switch adapters after backward"
                 )
             layers = [(layer.keys, layer.values) for layer in _stock_prompt(self.model).layers]
-        key, value = layers[module.layer_idx]
-        return key[0], value[0]
+        prefix_key, prefix_value = layers[module.layer_idx]
+        return prefix_key[0], prefix_value[0]
+
+    def tokens(self, layer_idx: int) -> Any:
+        """The keys and values that a module reached for the cache with, if it has."""
+        return None if self.cache is None else getattr(self.cache.layers[layer_idx], "tokens", None)
 
     def handed_on(self) -> bool:
         """Whether the prefix reached all modules that reached for the cache."""
         if self.cache is None:
             return True
-        touched = {i for i, layer in enumerate(self.cache.layers) if getattr(layer, "tokens", None) is not None}
+        touched = {i for i in range(len(self.cache.layers)) if self.tokens(i) is not None}
         return bool(self.served) and touched <= self.served
 
 
@@ -162,6 +174,8 @@ class _Fused:
         token = _current.set(call)
         try:
             output = super().forward(*args, **kwargs, **{GIVEN: call})  # type: ignore[misc]
+        except _ChangedError:
+            return None, _CHANGED
         finally:
             _current.reset(token)
         return output, "" if call.handed_on() else _NOT_HANDED_ON
@@ -318,6 +332,9 @@ def _why_not_model(model: Any, base: Any) -> str:
         return "not every attention module has a layer of the cache to itself"
     if set(indices) != set(range(model.active_peft_config.num_layers)):
         return "not every layer is attention through transformers' attention interface"
+    for kind in {type(module) for module in modules}:
+        if not hands_on(kind):
+            return f"{kind.__name__} does more with the keys and values of the cache than attend to them"
     if any(getattr(module, "sinks", None) is not None for module in modules):
         return "attention sinks are not fused"
     if len(set((getattr(base, "hf_device_map", None) or {}).values())) > 1:
@@ -331,8 +348,8 @@ def _why_not_call(model: Any, kwargs: dict[str, Any]) -> str:
     loss = model.base_model.__dict__.get("_loss_function")
     if loss is not None and getattr(loss, "__module__", "").partition(".")[0] != "transformers":
         return "last call: a loss function of your own, which the prefix would reach as a keyword argument"
-    if model.__dict__.get(STOCK_CALL) == _NOT_HANDED_ON:
-        return _NOT_HANDED_ON
+    if (last := model.__dict__.get(STOCK_CALL)) in (_NOT_HANDED_ON, _CHANGED):
+        return last
     for config in _facts_of(model).configs:
         # Only here, since a checkpointed layer reads it again in backward; `swap_back` undoes it.
         if config._attn_implementation in NAMES:
