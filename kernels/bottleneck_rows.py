@@ -44,7 +44,7 @@ def adapter_tile(x: Tensor, weight: Tensor, R: int, norm_before: bool, norm_afte
             return Tile(64, 64, 0, 32 if mixed else 128, 8, 2)
         if R <= 64 and x.shape[0] < _ROWS_TO_FILL and (kind == "sm80" or (kind == "sm100" and not mixed)):
             return Tile(16, 64 if kind == "sm80" else 256, 0, 64, 8, 3)
-        # Blackwell's ptxas leaves a few bytes of spills beside 32 rows. Where all of the rank fits a block x is read once.
+        # Where all of the rank fits a block, x is read once. Blackwell's ptxas spills a few bytes beside 32 rows.
         blackwell = kind in ("sm100", "sm120")
         if mixed:
             crowded = blackwell and norm_before and x.dtype is torch.bfloat16

@@ -113,7 +113,7 @@ _FP32_TILES: dict[str, dict[int, dict[str | None, tuple[int, int, int]]]] = {
     },
     "dq gate": {
         64: {None: (16, 32, 8), "sm86": (16, 32, 16), "sm90": (32, 32, 4)},
-        128: {None: (16, 32, 16), "sm90": (16, 32, 8), "sm100": (16, 32, 8), "gfx9": (16, 32, 8)},
+        128: {None: (16, 32, 8), "sm80": (16, 32, 16)},
         256: {None: (16, 32, 8)},
     },
     "dkv": {
@@ -151,7 +151,7 @@ def _tile(kernel: str, query: Tensor, BLOCK_D: int, mask: bool, softcap: bool, g
             warps = 4
         elif kind in ("sm90", "sm100") and (kernel, BLOCK_D) in (("dq", 256), ("dkv", 128)):
             rows, keys, warps = 32, 32 if kind == "sm100" or (softcap and kernel == "dq") else 64, 8
-        elif softcap and mask and kind == "sm80" and (kernel, BLOCK_D) == ("fwd", 64):
+        elif softcap and mask and kind in ("sm80", "sm86") and (kernel, BLOCK_D) == ("fwd", 64):
             rows = 64
         elif kind == "sm90" and (kernel, BLOCK_D) == ("dq", 128):
             rows, keys, warps = 128, 32, 8
@@ -159,6 +159,8 @@ def _tile(kernel: str, query: Tensor, BLOCK_D: int, mask: bool, softcap: bool, g
         keys, warps = 128, 8
     elif mask and kind == "sm100" and (kernel, BLOCK_D) == ("dq", 64) and query.shape[-1] < 64:
         keys = 32
+    elif mask and kind == "sm100" and (kernel, BLOCK_D) == ("dkv", 128):
+        rows = 32
     return Tile(rows, keys, 0, 0, warps, stages)
 
 

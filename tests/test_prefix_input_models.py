@@ -92,3 +92,14 @@ def test_routers_of_encoders(kind):
     assert padded.encoder_router_logits
     for routed, expected in zip(padded.encoder_router_logits, alone.encoder_router_logits, strict=True):
         torch.testing.assert_close(routed.view(2, 7, 4)[1, :5], expected.view(5, 4), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_are_not_served_say_so():
+    torch.manual_seed(0)
+    sizes = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = tf.Dinov2Model(tf.Dinov2Config(**sizes)).eval()
+    x = torch.randn(2, 3, 16, 16)
+    before = model(x).last_hidden_state
+    with pytest.raises(ValueError, match="layers: 'input' needs layers that take hidden_states"):
+        with_rows(base=model)
+    assert torch.equal(model(x).last_hidden_state, before)

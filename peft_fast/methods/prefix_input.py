@@ -120,7 +120,11 @@ def find_stack(model: nn.Module) -> Stack:
     for option in "layerdrop", "encoder_layerdrop":
         if getattr(owner.config, option, 0.0):
             raise ValueError(f"layers: 'input' cannot drop layers, set {option}={getattr(owner.config, option)} to 0")
-    width = owner.config.get_text_config().hidden_size
+    width = getattr(owner.config.get_text_config(), "hidden_size", None)
+    if width is None:
+        raise ValueError(
+            f"layers: 'input' needs one width, {type(owner).__name__} has no hidden_size; use layers='all'"
+        )
     attention = [model.get_submodule(name) for name in found]
     causal = set(found.values()) == {"decoder"}
     others = {
@@ -240,7 +244,12 @@ class Front:
         return self.layer.length() if not self.now.alone and self._in_sequence() else 0
 
     def _insert(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if hidden is None:
+            raise ValueError(
+                f"layers: 'input' needs layers that take hidden_states, {type(module).__name__} got "
+                f"{', '.join(kwargs)}; use layers='all'"
+            )
         if self.layer.recorded is not None:
             self.layer.recorded.append(hidden.detach())
         if self.now.alone:
