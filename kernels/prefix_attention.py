@@ -107,18 +107,18 @@ _FP32_TILES: dict[str, dict[int, dict[str | None, tuple[int, int, int]]]] = {
         256: {None: (16, 32, 8)},
     },
     "dq": {
-        64: {None: (32, 32, 4)},
+        64: {None: (32, 32, 4), "sm120": (16, 32, 8)},
         128: {None: (16, 64, 8), "gfx9": (16, 32, 8)},
         256: {None: (16, 32, 8)},
     },
     "dq gate": {
         64: {None: (16, 32, 8), "sm86": (16, 32, 16), "sm90": (32, 32, 4)},
-        128: {None: (16, 32, 8), "sm80": (16, 32, 16)},
+        128: {None: (16, 32, 8), "sm80": (16, 32, 16), "sm86": (16, 32, 4), "sm120": (16, 32, 8)},
         256: {None: (16, 32, 8)},
     },
     "dkv": {
-        64: {None: (16, 32, 8), "sm90": (32, 32, 16), "gfx9": (32, 32, 8)},
-        128: {None: (16, 32, 16), "sm90": (16, 32, 8), "gfx9": (16, 32, 8)},
+        64: {None: (16, 32, 8), "sm90": (32, 32, 16)},
+        128: {None: (16, 32, 16), "sm90": (16, 32, 8), "sm120": (16, 32, 8), "gfx9": (16, 32, 8)},
         256: {None: (16, 32, 8)},
     },
     "dkv gate": {
@@ -131,17 +131,18 @@ _FP32_TILES: dict[str, dict[int, dict[str | None, tuple[int, int, int]]]] = {
 
 def _tile(kernel: str, query: Tensor, BLOCK_D: int, mask: bool, softcap: bool, gate: bool) -> Tile:
     """A block of rows and a block of keys. Calls with a mask, a cap or a gate hold more in registers."""
-    kind, size = chip(query.device), max(64, BLOCK_D)
-    kind = "sm86" if kind == "sm120" else kind
+    found, size = chip(query.device), max(64, BLOCK_D)
+    kind = "sm86" if found == "sm120" else found
     if kind == "interpreter":
         return Tile(64, 64, 0, 0, 4, 1)
     if query.element_size() > 2:
         tiles = _FP32_TILES[f"{kernel} gate" if gate and kernel != "fwd" else kernel][size]
-        rows, keys, warps = tiles.get(kind, tiles[None])
+        rows, keys, warps = tiles.get(found, tiles.get(kind, tiles[None]))
         if gate and (kernel, size, kind) in (("fwd", 128, "sm100"), ("fwd", 64, "sm90")):
             warps = 8
         if gate and size == 128 and precision(query.dtype) == "tf32":
-            warps = {("dq", "sm90"): 16, ("fwd", "sm86"): 8}.get((kernel, kind), warps)
+            of_chip = {("dq", "sm90"): 16, ("dq", "sm120"): 4, ("fwd", "sm86"): 8, ("fwd", "sm120"): 8}
+            warps = of_chip.get((kernel, found), warps)
         return Tile(rows, keys, 0, 0, warps, 1)
     rows, keys, warps, stages = _TILES[kernel][kind][size]
     if softcap or gate:
