@@ -137,9 +137,9 @@ def _add_bias(x, bias, BASE_2: tl.constexpr):
 
 
 @triton.jit
-def _capped(u, BASE_2: tl.constexpr):
-    """tanh u; beside 16-bit inputs to 2e-7, of 1 and not of what is small: a third of the instructions."""
-    return 1 - 2 / (1 + tl.exp2(u * (2 * LOG2E))) if BASE_2 else _tanh(u)
+def _capped(u, ABSOLUTE: tl.constexpr):
+    """tanh u; ABSOLUTE to 1.2e-7, which `softcap` multiplies, in a third of the instructions."""
+    return 1 - 2 / (1 + tl.exp2(u * (2 * LOG2E))) if ABSOLUTE else _tanh(u)
 
 
 @triton.jit
@@ -180,7 +180,7 @@ def logits(
     x = products(q, k, DTYPE, KEYS_FIRST, PRECISION)
     slope = 1.0
     if SOFTCAP:
-        x = _capped(x * tl.full((), inner, DTYPE), base_2(q.dtype))
+        x = _capped(x * tl.full((), inner, DTYPE), base_2(q.dtype) and SOFTCAP == "small")
         slope = 1 - x * x
     x *= in_units(tl.full((), outer, DTYPE), base_2(q.dtype))
 

@@ -321,15 +321,22 @@ def fusable_dropout(module: nn.Dropout, x: Tensor) -> int:
 
     The answer must not depend on who watches the call: where checkpointing repeats one, nobody may.
     """
-    if not (module.training and 0 < module.p < 1 and not module.inplace and x.is_cpu and x.dtype in FLOATING):
+    served = (
+        module.training
+        and 0 < module.p < 1
+        and not module.inplace
+        and type(x) in PLAIN_TENSORS
+        and x.is_cpu
+        and x.layout is torch.strided
+        and not x.is_nested
+        and x.dtype in FLOATING
+    )
+    if not served:
         return 0
     if torch.compiler.is_compiling():
         return 0 if torch.compiler.is_exporting() else drop_threshold(module.p)
     fusable = (
         torch._C._get_tracing_state() is None
-        and type(x) in PLAIN_TENSORS
-        and x.layout is torch.strided
-        and not x.is_nested
         and not in_transform()
         and x.numel() >= MIN_CPU_MODULE_ELEMENTS
         and draws_one_by_one()
@@ -347,7 +354,7 @@ def fusable_attention_dropout(
     tensors = (query, key, value) if mask is None else (query, key, value, mask)
     served = (
         0 < dropout_p < 1
-        and all(tensor.is_cpu and not tensor.is_nested for tensor in tensors)
+        and all(type(tensor) in PLAIN_TENSORS and tensor.is_cpu and not tensor.is_nested for tensor in tensors)
         and query.dtype in (torch.float32, torch.float64)
         and query.dtype is key.dtype is value.dtype
         and not torch.is_autocast_enabled("cpu")
@@ -364,7 +371,6 @@ def fusable_attention_dropout(
     fusable = (
         torch._C._get_tracing_state() is None
         and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
-        and all(type(tensor) in PLAIN_TENSORS for tensor in tensors)
         and not in_transform()
         and query.shape[:3].numel() * key.shape[2] >= MIN_CPU_MODULE_ELEMENTS
         and draws_one_by_one()

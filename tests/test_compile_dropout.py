@@ -84,6 +84,13 @@ def test_every_shape(shape, module):
     assert ((y == 0) | ((y - scale).abs() < 1e-6)).all()
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_inputs_that_are_no_plain_tensors_stay_torchs(module):
+    nested = torch.nested.nested_tensor([torch.ones(60, 128), torch.ones(20, 128)], layout=torch.jagged)
+    y = torch.compile(module, fullgraph=True, backend="aot_eager")(nested)
+    assert 0.2 < (y.values() == 0).double().mean() < 0.3
+
+
 def test_one_graph_serves_small_and_large_inputs(module):
     counter = CompileCounter()
     compiled = torch.compile(module, backend=counter, fullgraph=True, dynamic=True)

@@ -88,6 +88,7 @@ def test_rows_at_the_input_layer_under_fsdp(tmp_path):
         torch.testing.assert_close(steps[1], steps[0])
         with pytest.raises(ValueError, match=r"^layers: 'input' goes on from a cache under FSDP only where gradients"):
             sharded(input_ids=ids[:, -1:], past_key_values=past)
+        assert sharded(input_ids=ids).past_key_values is None  # the rows would be in it
     finally:
         dist.destroy_process_group()
 

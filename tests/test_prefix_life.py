@@ -40,8 +40,10 @@ def test_two_models_of_one_config(kind, kind_of_config, implementation):
             with model.disable_adapter():
                 assert model(IDS, output_attentions=True).attentions is not None
         assert config._attn_implementation == name
-    for model in models:
-        model.unload()
+    expected = models[1](IDS)[0]
+    models[0].unload()
+    assert torch.equal(models[1](IDS)[0], expected)
+    models[1].unload()
     assert config._attn_implementation == implementation
 
 
@@ -52,6 +54,8 @@ def test_a_prefix_that_cannot_be_made_leaves_the_model_as_it_was(earlier):
         model = get_peft_model(base, PrefixConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
     before, names = model(IDS).logits, set(model.state_dict())
     hooks = [len(module._forward_pre_hooks) for module in base.modules()]
+    trained = [name for name, parameter in base.named_parameters() if parameter.requires_grad]
+    assert bool(trained)
     implementation = base.config._attn_implementation
     config = PrefixConfig(
         task_type="CAUSAL_LM", init="text", init_text="hello", tokenizer_name_or_path="/there/is/none"
@@ -60,6 +64,7 @@ def test_a_prefix_that_cannot_be_made_leaves_the_model_as_it_was(earlier):
         model.add_adapter("other", config) if earlier else get_peft_model(base, config)
     assert torch.equal(model(IDS).logits, before)
     assert set(model.state_dict()) == names
+    assert [name for name, parameter in base.named_parameters() if parameter.requires_grad] == trained
     assert [len(module._forward_pre_hooks) for module in base.modules()] == hooks
     assert base.config._attn_implementation == implementation
     if earlier:

@@ -156,6 +156,7 @@ class PrefixModel(RefusesMixedBatches, BaseTuner):
     _front: Front | None = None
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
             self._inject(model, adapter_name, *args, **kwargs)
         except BaseException:  # leave the model as it was
@@ -164,6 +165,8 @@ class PrefixModel(RefusesMixedBatches, BaseTuner):
                     layer.delete_adapter(adapter_name)
             self.peft_config.pop(adapter_name, None)
             self._take_off(only_empty=True)
+            for parameter in trained:
+                parameter.requires_grad = True
             raise
 
     def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:

@@ -317,18 +317,20 @@ class Front:
             return None
         return (), given | {"padding_mask": _widen(mask, P, mask.shape[-2], self.stack.causal)}
 
-    def _run(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _run(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Compute the rows' keys and values, once for all layers and the whole batch."""
         P = self.layer.length()
         past = cache_of(kwargs)
         if P and self._sharded() and past is not None and past.get_seq_length() > 0:
             raise ValueError("layers: 'input' goes on from a cache under FSDP only where gradients are off")
+        accepted = inspect.signature(module.forward).parameters
+        if P and self._sharded() and "use_cache" in accepted:  # which would have the rows in it
+            return args, kwargs | {"use_cache": False}
         if not P or self.now.alone or self._in_sequence():
-            return
+            return None
         made_from = self._made_from()
         if made_from is not None and made_from == self.now.made_from and past is not None and past.get_seq_length() > 0:
-            return
-        accepted = inspect.signature(module.forward).parameters
+            return None
         inputs: dict[str, Any] = {"input_ids": torch.zeros(1, P, dtype=torch.long, device=module.device)}
         if "position_ids" in accepted:
             # Learned positions are not used, the rows come in behind them; any number that the table has will do.
@@ -349,6 +351,7 @@ class Front:
             for part in was_training:
                 part.training = True
         self.now.made_from = made_from
+        return None
 
     @torch.no_grad()
     def try_out(self) -> None:
