@@ -435,6 +435,7 @@ def attention_dkv_kernel(
     if dv_ptr is not None:
         dv = tl.zeros((BLOCK_N, BLOCK_D), DTYPE)
 
+    # In a tuple only the None of an argument is a constant.
     grads = (dk_ptr if dk_ptr is None else dk, dv_ptr if dv_ptr is None else dv)
     keys = (k, dk_ptr if dk_ptr is None else v, kv_head, col)
     rows = (z, S, H_KV, blocks, gate_ptr)
