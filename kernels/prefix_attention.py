@@ -37,7 +37,7 @@ from ._launch import Plan, Tile, by_layout, cdiv, chip, needs_int64, next_power_
 from .partial_sums import accumulator_dtype, chunks, sums
 from .prefix_backward import attention_dkv_kernel, attention_dq_kernel
 from .prefix_forward import attention_fwd_kernel, attention_mask_kernel, attention_merge_kernel
-from .prefix_tile import OWN, PREFIX
+from .prefix_tile import LARGE_CAP, OWN, PREFIX, SMALL_CAP
 
 
 def _features_first(x: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ class _Layout:
         gate: bool,
         is_causal: bool,
         window: int | None,
-        softcap: str,
+        softcap: int,
     ) -> None:
         (self.Z, self.H, self.S, self.DH), (self.H_KV, self.P) = query.shape, prefix_key.shape[:2]
         self.T = key.shape[2]
@@ -352,7 +352,7 @@ class _Call:
         causal, window, softcap = (options[name] for name in ("is_causal", "sliding_window", "softcap"))
         self.scale = options["scale"]
         self.factors = (1.0 if softcap is None else self.scale / softcap, self.scale if softcap is None else softcap)
-        cap = "" if softcap is None else "small" if softcap <= _SMALL_CAP else "large"
+        cap = 0 if softcap is None else SMALL_CAP.value if softcap <= _SMALL_CAP else LARGE_CAP.value
         self.layout = (*self.inputs, self.mask, gate is not None, causal, window, cap)
         # What the vendor's kernels take besides dy, y and lse, and whether nothing is asked for that they do not know.
         self.own = (*self.inputs[:3], causal, self.scale)

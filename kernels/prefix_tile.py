@@ -136,6 +136,11 @@ def _add_bias(x, bias, BASE_2: tl.constexpr):
     return x + bias
 
 
+# SOFTCAP is 0 where there is none.
+SMALL_CAP = tl.constexpr(1)
+LARGE_CAP = tl.constexpr(2)
+
+
 @triton.jit
 def _capped(u, ABSOLUTE: tl.constexpr):
     """tanh u; ABSOLUTE to 1.2e-7, which `softcap` multiplies, in a third of the instructions."""
@@ -180,7 +185,7 @@ def logits(
     x = products(q, k, DTYPE, KEYS_FIRST, PRECISION)
     slope = 1.0
     if SOFTCAP:
-        x = _capped(x * tl.full((), inner, DTYPE), base_2(q.dtype) and SOFTCAP == "small")
+        x = _capped(x * tl.full((), inner, DTYPE), base_2(q.dtype) and SOFTCAP == SMALL_CAP)
         slope = 1 - x * x
     x *= in_units(tl.full((), outer, DTYPE), base_2(q.dtype))
 

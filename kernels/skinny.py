@@ -69,12 +69,12 @@ def _skinny_tile(
     # Three terms of the factor beside 256 columns spill on AMD chips, of dF on tcgen05 and, at 64 rows, on wgmma.
     crowded = mixed and (kind == "gfx9" or (kind == "sm100" and grad))
     if factor.shape[1] <= 16 and not with_stats:
-        if kind in ("sm80", "sm90") and mixed and (with_ds or not grad):
+        if kind == "sm90" and mixed and (with_ds or not grad):
             # Timed on an H100: 6 to 40% less than with twice the rows or columns, though s or the factor is read twice
             # as often, from the second-level cache.
             return Tile(64, 128, 0, 16, 4, 3) if grad else Tile(128, 64, 0, 16, 8, 3)
         if (with_ds or x.numel() >= _LARGE) and not crowded:
-            halved = with_ds if kind == "gfx9" else mixed and kind in ("sm80", "sm90")
+            halved = with_ds if kind == "gfx9" else mixed and kind == "sm90"
             rows, cols = (32 if halved else 64, 256) if grad else (256, 64)
             return Tile(rows, cols, 0, 16, 8, 2 if kind in ("sm86", "sm120") else num_stages)
         if crowded and kind == "sm100":
