@@ -237,16 +237,16 @@ def test_bits_repeat(gate, device):
 # Parts of several steps: of the prefix across sequences, as large batches have; of the own keys where few programs
 # have many queries, some of whose parts see nothing of a block of keys.
 @pytest.mark.parametrize(
-    ("H", "H_KV", "S", "T", "options"),
+    ("Z", "H", "H_KV", "S", "T", "options"),
     [
-        (2, 1, 40, 20, {"dtypes": "fp32"}),
-        (4, 1, 70, 150, {"dtypes": "bf16", "causal": True, "mask": "bias"}),
-        (4, 2, 150, 70, {"dtypes": "fp32", "causal": True, "window": 40}),
-        (3, 1, 90, 130, {"dtypes": "fp16-fp32", "causal": True, "gate": True}),
+        (5, 2, 1, 40, 20, {"dtypes": "fp32"}),
+        (2, 4, 1, 70, 150, {"dtypes": "bf16", "causal": True, "mask": "bias"}),
+        (2, 2, 1, 90, 70, {"dtypes": "fp32", "causal": True, "window": 40}),
+        (1, 3, 1, 90, 130, {"dtypes": "fp16-fp32", "causal": True, "gate": True}),
     ],
     ids=["prefix", "causal", "window", "gate"],
 )
-def test_parts_of_the_rows(H, H_KV, S, T, options, device, monkeypatch):
+def test_parts_of_the_rows(Z, H, H_KV, S, T, options, device, monkeypatch):
     chunks = prefix_attention.chunks
     parts = {}
 
@@ -261,7 +261,7 @@ def test_parts_of_the_rows(H, H_KV, S, T, options, device, monkeypatch):
     monkeypatch.setattr(prefix_attention, "_LEAST_STEPS", 2)
     monkeypatch.setattr(prefix_attention, "chunks", of_rows)
     monkeypatch.setattr(prefix_attention, "_tile", lambda *_: Tile(32, 64, 0, 0, 4, 1))
-    assert_matches(make_case(5, H, H_KV, S, T, 5, 16, p=0.1, device=device, **options))
+    assert_matches(make_case(Z, H, H_KV, S, T, 5, 16, p=0.1, device=device, **options))
     assert parts[1] > 1
     assert parts[2] > 1 or S == 40
 
