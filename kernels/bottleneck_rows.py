@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._activation import activate, activation_grad
-from ._launch import Tile, chip
+from ._launch import Tile, chip, precision
 from ._tl import cast, dot_rounded, dot_split, keep_mask, keep_scale, load_stats, load_tile, normalized, tile_ptrs
 from .skinny import _coefficient
 
@@ -25,9 +25,13 @@ def adapter_tile(x: Tensor, weight: Tensor, R: int, norm_before: bool, norm_afte
     if kind == "interpreter":
         return Tile(32, 128, 0, 64, 4, 1)
     if x.element_size() > 2:
-        # With 32 columns sm_80's and sm_86's ptxas give the kernels without LN_after 40 or 48 registers and spill.
-        wide = kind in ("sm80", "sm86") and x.dtype is torch.float32 and not norm_after
-        return Tile(32, 64 if wide else 32, 0, 16, 4 if kind == "sm120" else 8, 1)
+        # Of 8 warps with 32 columns sm_80's and sm_86's ptxas gives the kernels without LN_after 40 or 48 registers and
+        # spills; with 64, in IEEE products, sm_86's does too.
+        tf32 = precision(x.dtype) == "tf32"
+        plain = x.dtype is torch.float32 and not norm_after
+        wide = plain and (kind == "sm80" or (kind == "sm86" and tf32))
+        few = (plain and not tf32) if kind == "sm86" else kind == "sm120" and not (tf32 and norm_after)
+        return Tile(32, 64 if wide else 32, 0, 16, 4 if few else 8, 1)
     mixed = weight.dtype != x.dtype
     if kind == "sm90":
         if norm_after:
