@@ -113,8 +113,7 @@ def sums(*parts: Partials) -> list[Tensor | None]:
     for partials, target in parts:
         out = None
         if partials is not None:
-            like = {"device": partials.device}
-            out = target if isinstance(target, Tensor) else torch.empty(partials.shape[1:], dtype=target, **like)
+            out = target if isinstance(target, Tensor) else partials.new_empty(partials.shape[1:], dtype=target)
             if out.numel():
                 tensors += (partials, out)
         outs.append(out)

@@ -32,7 +32,7 @@ FRONT = "_input_prefix"
 # and its values.
 GIVEN = "peft_fast_prefix"
 NAMES = {"eager": "peft_fast_prefix_eager", "sdpa": "peft_fast_prefix_sdpa"}
-_CHOSEN = {name: implementation for implementation, name in NAMES.items()}
+CHOSEN = {name: implementation for implementation, name in NAMES.items()}
 # The functions that this file's may stand in front of under "sdpa": they are known not to call it in turn.
 FOLLOWERS: list[Callable] = [sdpa_attention_forward]
 _logger = logging.get_logger(__name__)
@@ -84,7 +84,7 @@ class Switch:
     def __init__(self, model: nn.Module) -> None:
         self.configs = list(configs(model))
         # A config that another model has too may have a name of this package already.
-        self.chosen = [_CHOSEN.get(name, name) for name in (config._attn_implementation for config in self.configs)]
+        self.chosen = [CHOSEN.get(name, name) for name in (config._attn_implementation for config in self.configs)]
         self.named = list(self.chosen)
         self.handle = model.register_forward_pre_hook(self)
         self()
@@ -107,7 +107,7 @@ class Switch:
 def name_for(implementation: str) -> str:
     """The name under which a config that says `implementation` reaches this file's functions."""
     global _behind
-    if _CHOSEN.get(implementation, implementation) == "eager":
+    if CHOSEN.get(implementation, implementation) == "eager":
         return NAMES["eager"]
     found = AttentionInterface()["sdpa"]
     if found in FOLLOWERS:

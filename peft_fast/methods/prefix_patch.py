@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from peft_fast.methods.prefix_interface import CHILD, GIVEN, NAMES, configs, dispatches, hands_on, name_for
+from peft_fast.methods.prefix_interface import CHILD, CHOSEN, GIVEN, NAMES, configs, dispatches, hands_on, name_for
 from peft_fast.methods.prefix_targets import side
 from peft_fast.support import STOCK_CALL, wraps
 
-_NAMED = {name: implementation for implementation, name in NAMES.items()}
 _TO_CONFIG = "train a peft_fast.PrefixConfig instead, which is right there"
 CHECKPOINTED = "right under gradient checkpointing, where stock loses the prefix or crashes"
 _NOT_HANDED_ON = "last call: the base model did not hand the prefix on to its attention modules"
@@ -238,8 +237,8 @@ def swap_back(model: Any) -> None:
         model.__class__ = PATCHED[type(model)]
         model.__dict__.pop(STOCK_CALL, None)
         for config in configs(model.base_model):
-            if (name := config._attn_implementation) in _NAMED:
-                config._attn_implementation_internal = _NAMED[name]
+            if (name := config._attn_implementation) in CHOSEN:
+                config._attn_implementation_internal = CHOSEN[name]
 
 
 def _drop_leftover(model: Any) -> None:
@@ -291,7 +290,7 @@ def why_stock(model: Any) -> str:
     if forward is not None and not (wraps(forward, type(model).forward) or wraps(forward, _Fused.forward)):
         return "forward is set on the instance (a disabled adapter?)"
     for other in facts.configs:
-        if (name := other._attn_implementation) not in NAMES and name not in _NAMED:
+        if (name := other._attn_implementation) not in NAMES and name not in CHOSEN:
             return f"the attention implementation is {name!r}, not eager or sdpa"
     for module in model.prompt_encoder[model.active_adapter].modules():
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:

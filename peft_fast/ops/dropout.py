@@ -6,8 +6,9 @@
 Here the mask is made from a seed (`eager.drop`), and nothing but the seed is kept. Where calls are watched or stand for
 a batch the mask is an op of its own; it is the same one, since checkpointing may repeat a call in other company.
 
-Inductor's code draws its numbers one by one too, and took three times as long as this. Compiled, that op is all
-there is of ours: the compiler fuses the products with it, and keeps a byte for each element, as it does of its own.
+Inductor's code draws its numbers one by one too: with a sum and LayerNorm behind (32x48x384 on an Intel) it took three
+times as long as this. Compiled, that op is all there is of ours: the compiler fuses the products with it, and keeps a
+byte for each element, as it does of its own.
 """
 
 from collections.abc import Sequence
