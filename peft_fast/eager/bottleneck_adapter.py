@@ -9,7 +9,8 @@
 
 Kept from forward are x, z and the rows' statistics. With dropout v is made again for LN_after's gradient, unless its
 residual is a tensor of its own, which would have to be kept instead. Without dropout v is kept, as the usual modules
-keep it: there the matmul would cost what nothing else makes up for.
+keep it: there the matmul would cost what nothing else makes up for. Of usual calls of that kind, `norm_of_sum` keeps v
+in place of x.
 LN_before(x) is neither kept nor, where x is about centred, made again: its product with dz comes from that of x, the
 rows' means taken off afterwards, and what the norm's own parameters get is made of that small product too.
 What else has x's size is made in blocks of rows that stay in the cache, and again in backward. Without dropout,
@@ -32,6 +33,7 @@ Norm = tuple[Tensor, Tensor]
 # How far the means may be: sums then round at most 1.12 times as much.
 CENTRED = 0.5
 
+_ALL = slice(None)
 _aten = torch.ops.aten
 
 # act'(z) ∘ da
@@ -76,8 +78,8 @@ def adapter_fwd(
     height = M if whole else _height(M, N, threshold)
     y, z, mean_before, rstd_before, mean_after, rstd_after, v = results = [_Rows(M, height) for _ in range(7)]
     for rows, dropped in _blocks(M, N, height, threshold, seed, wide, traced):
-        h = cast(x[rows], wide)
-        r = None if residual is None else cast(residual[rows], wide)
+        h = cast(_of(x, rows), wide)
+        r = None if residual is None else cast(_of(residual, rows), wide)
         if norm_before:
             h, mean, rstd = torch.native_layer_norm(h, (K,), *norm_before, eps)
             mean_before.put(rows, mean)
@@ -143,16 +145,16 @@ def adapter_bwd(
         add_sum(name, tall_mm(s, tall, traced))
 
     for rows, dropped in _blocks(M, N, height, threshold, seed, wide, traced):
-        z_rows, dv = z[rows], cast(dy[rows], wide)
+        z_rows, dv = _of(z, rows), cast(_of(dy, rows), wide)
         a = ACTIVATIONS[activation](z_rows)
         skip = dv
         if norm_after:
             if v is None:
-                r = cast(x[rows], wide) if residual is x and not residual_after_norm else None
+                r = cast(_of(x, rows), wide) if residual is x and not residual_after_norm else None
                 v_rows = _expand(a, up, up_bias, number, r, dropped, threshold, traced, None)
             else:
-                v_rows = v[rows]
-            dv, *sides = _norm_grad(dv, v_rows, norm_after, mean_after[rows], rstd_after[rows])
+                v_rows = _of(v, rows)
+            dv, *sides = _norm_grad(dv, v_rows, norm_after, _of(mean_after, rows), _of(rstd_after, rows))
             add_sum("norm_after_weight", sides[0])
             add_sum("norm_after_bias", sides[1])
             skip = skip if residual_after_norm else dv
@@ -177,9 +179,9 @@ def adapter_bwd(
         dz = ACTIVATION_GRADS[activation](da, z_rows)
         if centred or "down_bias" in needs:
             add_sum("down_bias", dz.sum(0))
-        h = cast(x[rows], wide)
+        h = cast(_of(x, rows), wide)
         if norm_before and needs & ({"x"} if centred else {"x", "norm_before"}):
-            stats = mean_before[rows], rstd_before[rows]
+            stats = _of(mean_before, rows), _of(rstd_before, rows)
             d, *sides = _norm_grad(torch.mm(dz, down), h, norm_before, *stats, parameters=not centred)
             if not centred:
                 add_sum("norm_before_weight", sides[0])
@@ -189,11 +191,16 @@ def adapter_bwd(
                 d = _add(d, skip, traced) if place is None else torch.add(d, skip, out=place)
             dx.put(rows, cast(d, dy.dtype))
         elif "x" in needs:
-            d = torch.addmm(skip, dz, down) if residual is x else torch.mm(dz, down)
+            if residual is not x:
+                d = torch.mm(dz, down)
+            elif norm_after and skip is dv and not traced:  # the norm's gradient is ours to write into
+                d = dv.addmm_(dz, down)
+            else:
+                d = torch.addmm(skip, dz, down)
             dx.put(rows, cast(d, dy.dtype))
         if centred:  # dzᵀ (x - mean) rstd
-            dz = dz * rstd_before[rows]
-            add_sum("normalized", tall_mm(dz, h, traced).sub_(torch.mm(dz.t(), mean_before[rows])))
+            dz = dz * _of(rstd_before, rows)
+            add_sum("normalized", tall_mm(dz, h, traced).sub_(torch.mm(dz.t(), _of(mean_before, rows))))
         elif "down_weight" in needs:
             if norm_before:
                 h = torch.native_layer_norm(h, (K,), *norm_before, eps)[0]
@@ -258,8 +265,13 @@ def _blocks(
     if threshold:
         return blocks_of(seed, (M, N), threshold, wide, traced)
     if height >= M:
-        return [(slice(None), None)]
+        return [(_ALL, None)]
     return [(slice(start, start + height), None) for start in range(0, M, height)]
+
+
+def _of(tensor: Any, rows: slice) -> Tensor:
+    """To slice a tensor takes microseconds even where that is all of it."""
+    return tensor if rows is _ALL else tensor[rows]
 
 
 def _expand(

@@ -1,5 +1,6 @@
 """What the ops share around their autograd functions."""
 
+import contextlib
 import importlib
 from typing import Any
 
@@ -42,6 +43,13 @@ def fit(parameter: Any, dtype: torch.dtype) -> Tensor:
     """As an op takes a parameter beside activations of `dtype`: in that dtype, or in float32 beside 16 bits."""
     beside = parameter.dtype == torch.float32 and dtype in (torch.float16, torch.bfloat16)
     return parameter if beside else parameter.to(dtype)
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """For what computes in the types of its arguments: backward too may be called inside an autocast region."""
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def saved_tensors(ctx: Any, op: str) -> tuple[Tensor | None, ...]:

@@ -196,11 +196,7 @@ class _LoraLinear(torch.autograd.Function):
         need_x, _, need_a, need_b, need_bias, *_ = ctx.needs_input_grad
         needs = (need_x, need_a, need_b, need_bias)
         x, weight, lora_a, lora_b, s, seed = _shared.saved_tensors(ctx, "lora_linear")
-        # Backward may be called inside an autocast region.
-        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(dy.device.type):
-            with torch.autocast(dy.device.type, enabled=False):
-                dx, da, db, dbias = _backward(ctx, dy, x, weight, lora_a, lora_b, s, seed, needs)
-        else:
+        with _shared.without_autocast(dy.device.type):
             dx, da, db, dbias = _backward(ctx, dy, x, weight, lora_a, lora_b, s, seed, needs)
         return dx, None, da, db, dbias, None, None, None, None, None
 
