@@ -28,8 +28,34 @@ def add_rows_as_devices_do() -> None:
     ReduceOps.sum = add_rows
 
 
+def patch_the_language_once_a_launch() -> None:
+    """A launch puts the interpreter's functions in the place of `triton.language`'s and takes them back at its end.
+
+    Each call of a device function in between would do so again, which took half of the time.
+    """
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_LangPatchScope"):  # an older Triton, which never takes them back
+        return
+    patch = interpreter._patch_lang
+
+    @functools.cache
+    def languages(fn):
+        visible = [interpreter.tl, interpreter.tl.core]
+        return [value for value in fn.__globals__.values() if any(value is language for language in visible)]
+
+    def patch_once(fn):
+        if any(is_builtin(language.load) for language in languages(fn)):
+            return patch(fn)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_once
+
+
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     add_rows_as_devices_do()
+    patch_the_language_once_a_launch()
 
 # On a GPU each shape of a test would be measured, and the user's file of times read and written.
 os.environ["PEFT_FAST_TUNE"] = "0"

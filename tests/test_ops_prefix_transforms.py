@@ -58,7 +58,7 @@ OPTIONS = [{}, {"is_causal": True, "dropout_p": 0.2}, {"softcap": 2.0, "sliding_
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
 def test_opcheck(backend, options, layout):
-    inputs = prefix_attention_inputs(2, 4, 2, 16, 18, 3, 16, gate="softcap" in options)
+    inputs = prefix_attention_inputs(2, 2, 1, 16, 18, 3, 16, gate="softcap" in options)
     leaves = inputs.leaves()
     if layout == "cached":
         leaves |= {name: leaves[name].contiguous() for name in ("key", "value")}
