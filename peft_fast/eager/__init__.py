@@ -11,7 +11,6 @@ from peft_fast.eager.lora_linear import lora_bwd as lora_bwd
 from peft_fast.eager.lora_linear import lora_fwd as lora_fwd
 from peft_fast.eager.norm_of_sum import norm_of_sum_bwd as norm_of_sum_bwd
 from peft_fast.eager.norm_of_sum import norm_of_sum_fwd as norm_of_sum_fwd
-from peft_fast.eager.norm_of_sum import takes_the_place as takes_the_place
 from peft_fast.eager.prefix_attention import attention_bwd as attention_bwd
 from peft_fast.eager.prefix_attention import attention_dropout_mask as attention_dropout_mask
 from peft_fast.eager.prefix_attention import attention_fwd as attention_fwd

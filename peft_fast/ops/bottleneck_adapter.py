@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peft_fast import eager, reference, support
@@ -18,7 +19,6 @@ from peft_fast.ops._bottleneck_call import (
     under_autocast,
     validate,
 )
-from peft_fast.ops._norm_of_sum import NormOfSum, is_norm_of_sum
 from peft_fast.ops._shared import LIBRARY, as_tensor, resolve, rows
 
 _NO_NORM = (None, None)
@@ -152,24 +152,100 @@ class _BottleneckAdapter(torch.autograd.Function):
         if not isinstance(ctx.scaling, Tensor):
             kept[INPUTS.index("scaling")] = None
         ctx.save_for_backward(*kept, options.seed, *saved)
-        ctx.x_shape, ctx.options, ctx.plan = shape, options._replace(seed=None), plan
+        ctx.options, ctx.plan = options._replace(seed=None), plan
         # Not a view in autograd's eyes: the caller may change y in place.
         return y if len(shape) == 2 else torch.ops.aten._unsafe_view.default(y, (*shape[:-1], y.shape[1]))
 
     @staticmethod
     def backward(ctx, dy):
-        kept = _shared.saved_tensors(ctx, "bottleneck_adapter")
-        tensors, (seed, *saved) = list(kept[: len(INPUTS)]), kept[len(INPUTS) :]
-        scaling = INPUTS.index("scaling")
-        if tensors[scaling] is None:
-            tensors[scaling] = ctx.scaling
-        options = ctx.options._replace(seed=seed)
+        return _grads(ctx, dy, list(_shared.saved_tensors(ctx, "bottleneck_adapter")))
+
+
+class _NormOfSum(_BottleneckAdapter):
+    """The eager form of the calls that `_is_norm_of_sum` names: saves the same, but as a rule not x.
+
+    A repetition by checkpointing that takes the other function is then an error, since the order of what is saved tells
+    them apart; it happens where only one of the two is watched.
+    """
+
+    @staticmethod
+    def forward(ctx, options, plan, traced, x, residual, *others):
+        down_weight, down_bias, up_weight, up_bias, scaling, _, _, *norm = others
+        number = scaling.item() if isinstance(scaling, Tensor) else scaling
+        act = options.activation
+        v_for_x, y, z, mean, rstd, v = eager.norm_of_sum_fwd(
+            rows(x), down_weight, down_bias, up_weight, up_bias, number, norm, activation=act, eps=options.eps
+        )
+        place = _place(x) if v_for_x else None
+        kept = [None if v_for_x else x, None, *(t if isinstance(t, Tensor) else None for t in others)]
+        ctx.save_for_backward(*kept, options.seed, z, None, None, mean, rstd, v, place)
+        ctx.needs = {name for name, need in zip(INPUTS, ctx.needs_input_grad[3:], strict=True) if need}
+        ctx.scaling, ctx.options, ctx.plan = number, options._replace(seed=None), plan
+        return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, x.shape)
+
+    @staticmethod
+    def backward(ctx, dy):
+        *kept, place = _shared.saved_tensors(ctx, "bottleneck_adapter")
+        x, _, down_weight, _, up_weight, up_bias, scaling, _, _, *norm, _, z, _, _, mean, rstd, v = kept
+        if torch.is_grad_enabled() or not support.runs_plainly(dy):
+            if x is None:
+                kept[0] = place + _value_of_x(place, z, v, up_weight, up_bias, ctx)
+            return _grads(ctx, dy, kept)
+        _, _, _, need_x, _, *need_parameters, _, _, need_weight, need_bias = ctx.needs_input_grad
+        needs = (need_x, *need_parameters, need_weight, need_bias)
+        arguments = (None if x is None else rows(x), down_weight, up_weight, up_bias, ctx.scaling, norm)
         with _shared.without_autocast(dy.device.type):
-            if torch.is_grad_enabled():  # create_graph=True
-                grads = grads_by_reference(dy, tensors, options, ctx.plan, ctx.needs)
-            else:
-                grads = _backward(ctx, dy, tensors, options, saved)
-        return None, None, None, *(grads.get(name) for name in INPUTS)
+            of_x, *of_parameters, of_scaling, of_weight, of_bias = eager.norm_of_sum_bwd(
+                rows(dy), z, mean, rstd, v, *arguments, activation=ctx.options.activation, needs=needs
+            )
+        if need_x and dy.dim() != 2:
+            of_x = of_x.view(dy.shape)
+        if of_scaling is not None:
+            of_scaling = of_scaling.to(scaling.dtype).view(scaling.shape)
+        return None, None, None, of_x, None, *of_parameters, of_scaling, None, None, of_weight, of_bias
+
+
+def _place(x: Tensor) -> Tensor:
+    """x's place in the graph, of x's shape, without x's memory."""
+    with torch.enable_grad():
+        place = torch.ops.aten._unsafe_view.default(x, x.shape)  # no view in autograd's eyes, which would hold x
+    place.data = x.new_zeros(()).expand(x.shape)
+    return place
+
+
+def _is_norm_of_sum(tensors: Any, options: Options) -> bool:
+    """Whether a call on the CPU has no dropout and one LayerNorm, which is on the sum with x."""
+    x, *_, norm_before, _, norm_after, _ = tensors
+    return (
+        options.skip
+        and norm_before is None
+        and norm_after is not None
+        and not (options.threshold or options.residual_after_norm)
+        and x.is_cpu
+    )
+
+
+@torch.no_grad()
+def _value_of_x(place: Tensor, z: Tensor, v: Tensor, up: Tensor, up_bias: Tensor | None, ctx: Any) -> Tensor:
+    """x = v - scaling · (act(z) Wuᵀ + bu), of place's shape and dtype."""
+    bias = None if up_bias is None else up_bias.to(v.dtype)
+    term = F.linear(reference.ACTIVATIONS[ctx.options.activation](z), up.to(v.dtype), bias)
+    return (v - ctx.scaling * term).to(place.dtype).view(place.shape)
+
+
+def _grads(ctx, dy, kept):
+    """The gradients of all inputs of `_BottleneckAdapter.forward` from what it saved."""
+    tensors, (seed, *saved) = kept[: len(INPUTS)], kept[len(INPUTS) :]
+    scaling = INPUTS.index("scaling")
+    if tensors[scaling] is None:
+        tensors[scaling] = ctx.scaling
+    options = ctx.options._replace(seed=seed)
+    with _shared.without_autocast(dy.device.type):
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = grads_by_reference(dy, tensors, options, ctx.plan, ctx.needs)
+        else:
+            grads = _backward(ctx, dy, tensors, options, saved)
+    return None, None, None, *(grads.get(name) for name in INPUTS)
 
 
 def _backward(ctx, dy, tensors, options, saved):
@@ -320,9 +396,8 @@ def _apply(x, residual, parameters, scaling, activation, dropout_p, seed, residu
         options = options._replace(seed=eager.draw_seed(x.device))
     if support.runs_plainly(x):
         plan = support.choose_plan(x, backend)
-        if plan == "eager" and is_norm_of_sum(tensors, options):
-            return NormOfSum.apply(options, x, *parameters[:4], scaling, *parameters[6:])
-        return _BottleneckAdapter.apply(options, plan, False, *tensors)
+        function = _NormOfSum if plan == "eager" and _is_norm_of_sum(tensors, options) else _BottleneckAdapter
+        return function.apply(options, plan, False, *tensors)
     if not torch.compiler.is_compiling() and support.in_transform():
         return by_reference(tensors, options, support.choose_plan(x, backend))
     return torch.ops.peft_fast.bottleneck_adapter(*_with_scaling(tensors), *options, backend)
