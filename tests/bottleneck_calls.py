@@ -1,6 +1,5 @@
 """What the tests of the bottleneck adapter op share."""
 
-import pytest
 import torch
 
 import peft_fast
@@ -16,14 +15,6 @@ NORMS = {
     "both": {"norm_before": True, "norm_after": True},
 }
 SEED = 29
-DTYPES = [
-    pytest.param(torch.float64, None, id="fp64"),
-    pytest.param(torch.float32, None, id="fp32"),
-    pytest.param(torch.bfloat16, None, id="bf16"),
-    pytest.param(torch.float16, None, id="fp16"),
-    pytest.param(torch.bfloat16, torch.float32, id="bf16-fp32"),
-    pytest.param(torch.float16, torch.float32, id="fp16-fp32"),
-]
 
 
 def forward_backward(op, inputs: BottleneckAdapterInputs, **kwargs) -> dict[str, torch.Tensor]:

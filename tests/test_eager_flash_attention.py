@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peft_fast
 from models import Watching
+from op_dtypes import DTYPES
 from peft_fast import reference
 from peft_fast.eager import flash_attention as flash
 from peft_fast.eager.prefix_attention import Options, seen_keys
@@ -16,7 +17,6 @@ from peft_fast.ops import prefix_attention
 from peft_fast.ops.prefix_attention import _as_usual
 from peft_fast.testing import assert_within_budget, prefix_attention_inputs, saved_bytes
 from tests.test_ops_prefix_attention import (
-    DTYPES,
     MASKS,
     RULES,
     additive,

@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import peft_fast
-from bottleneck_calls import BACKENDS, DTYPES, NORMS, SEED, assert_op_within_budget, forward_backward, mask_of
+from bottleneck_calls import BACKENDS, NORMS, SEED, assert_op_within_budget, forward_backward, mask_of
+from op_dtypes import DTYPES
 from peft_fast import eager, reference, support
 from peft_fast.ops import bottleneck_adapter
 from peft_fast.ops._bottleneck_call import fits, is_usual_call

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import peft_fast
-from bottleneck_calls import DTYPES, assert_op_within_budget
+from bottleneck_calls import assert_op_within_budget
+from op_dtypes import DTYPES
 from peft_fast import eager, reference
 from peft_fast.ops import bottleneck_adapter
 from peft_fast.testing import BottleneckAdapterInputs, bottleneck_adapter_inputs, saved_bytes

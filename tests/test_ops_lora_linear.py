@@ -8,6 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import peft_fast
+from op_dtypes import DTYPES
 from peft_fast import eager, reference, support
 from peft_fast.ops import lora_linear
 from peft_fast.testing import LoraLinearInputs, assert_within_budget, lora_linear_inputs
@@ -56,16 +57,6 @@ def assert_op_within_budget(inputs: LoraLinearInputs, backend: str, dropout_p: f
         eps, scale = torch.finfo(inputs.x.dtype).eps, truth[0][start : start + 64].abs().max()
         slack = 4 * math.sqrt(length) if inputs.x.dtype == torch.float64 else 2
         assert error <= slack * (budget + eps * scale), f"rows {start}.. of the low-rank term"
-
-
-DTYPES = [
-    pytest.param(torch.float64, None, id="fp64"),
-    pytest.param(torch.float32, None, id="fp32"),
-    pytest.param(torch.bfloat16, None, id="bf16"),
-    pytest.param(torch.float16, None, id="fp16"),
-    pytest.param(torch.bfloat16, torch.float32, id="bf16-fp32"),
-    pytest.param(torch.float16, torch.float32, id="fp16-fp32"),
-]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peft_fast
+from op_dtypes import DTYPES
 from peft_fast import reference, support
 from peft_fast.eager import prefix_attention as eager_form
 from peft_fast.ops import prefix_attention
@@ -25,14 +26,6 @@ from peft_fast.testing import (
 
 BACKENDS = ["eager", "triton"]
 SEED = 29
-DTYPES = [
-    pytest.param(torch.float64, None, id="fp64"),
-    pytest.param(torch.float32, None, id="fp32"),
-    pytest.param(torch.bfloat16, None, id="bf16"),
-    pytest.param(torch.float16, None, id="fp16"),
-    pytest.param(torch.bfloat16, torch.float32, id="bf16-fp32"),
-    pytest.param(torch.float16, torch.float32, id="fp16-fp32"),
-]
 
 
 def keep_mask(backend: str, inputs: PrefixAttentionInputs, dropout_p: float, **options) -> torch.Tensor | None:
