@@ -9,8 +9,8 @@
 
 Kept from forward are x, z and the rows' statistics. With dropout v is made again for LN_after's gradient, unless its
 residual is a tensor of its own, which would have to be kept instead. Without dropout v is kept, as the usual modules
-keep it: there the matmul would cost what nothing else makes up for. Of usual calls of that kind, `norm_of_sum` keeps v
-in place of x.
+keep it: there the matmul would cost what nothing else makes up for. Where x is the residual and LN_after the only norm,
+`norm_of_sum` serves in its place and as a rule keeps v instead of x.
 LN_before(x) is neither kept nor, where x is about centred, made again: its product with dz comes from that of x, the
 rows' means taken off afterwards, and what the norm's own parameters get is made of that small product too.
 What else has x's size is made in blocks of rows that stay in the cache, and again in backward. Without dropout,

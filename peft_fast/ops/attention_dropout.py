@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from peft_fast import eager, reference, support
+from peft_fast.ops import _shared
 
 
 class _AttentionDropout(torch.autograd.Function):
@@ -32,7 +33,7 @@ class _AttentionDropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        with torch.autocast(dy.device.type, enabled=False):  # it may be called inside an autocast region
+        with _shared.without_autocast(dy.device.type):
             return *_backward(ctx, dy), None, None, None, None
 
 

@@ -200,7 +200,7 @@ class _PrefixAttention(torch.autograd.Function):
         kept = _shared.saved_tensors(ctx, "prefix_attention")
         tensors, (seed, *saved) = kept[: len(INPUTS)], kept[len(INPUTS) :]
         options = ctx.options._replace(seed=seed)
-        with torch.autocast(dy.device.type, enabled=False):
+        with _shared.without_autocast(dy.device.type):
             if torch.is_grad_enabled() or support.is_batched(dy):  # create_graph=True, is_grads_batched=True
                 grads = _differentiable_bwd(ctx, dy, tensors, options)
             else:
