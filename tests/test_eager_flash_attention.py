@@ -12,7 +12,7 @@ from models import Watching
 from op_dtypes import DTYPES
 from peft_fast import reference
 from peft_fast.eager import flash_attention as flash
-from peft_fast.eager.prefix_attention import Options, seen_keys
+from peft_fast.eager.prefix_attention import Options, Seen, seen_keys
 from peft_fast.ops import prefix_attention
 from peft_fast.ops.prefix_attention import _as_usual
 from peft_fast.testing import assert_within_budget, prefix_attention_inputs, saved_bytes
@@ -33,7 +33,7 @@ def blocks(monkeypatch):
 
     def listed(tensors, options):
         for block in each(tensors, options):
-            found.append((block[0], block[1]))
+            found.append((block.at[2], block.keys))
             yield block
 
     each = flash._blocks
@@ -89,6 +89,60 @@ def test_lengths(blocks, H, H_KV, S, T):
     for rules in ({"is_causal": True}, {"sliding_window": 9}, {"is_causal": True, "sliding_window": 9}):
         assert_within_budget_of_stock(calls, **rules)
     assert blocks
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    """A call for each sequence that sees other keys than the one before."""
+    monkeypatch.setattr(flash, "APART_ROWS", 0)
+    monkeypatch.setattr(flash, "CALL_LOGITS", 0)
+
+
+def padded(T: int, ranges: list[tuple[int, int]]) -> torch.Tensor:
+    """(Z, 1, 1, T), True from the first key of each sequence to the last."""
+    keys = torch.arange(T)
+    return torch.stack([(keys >= first) & (keys < last) for first, last in ranges])[:, None, None]
+
+
+# Padding on the right, none, on the left, on both sides, a sequence that is all padding.
+PADDING = [(0, 40), (0, 66), (0, 66), (13, 66), (9, 50), (0, 0)]
+
+
+@pytest.mark.parametrize("kind", ["bool", "rows", "lowest", "causal"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("H", "H_KV"), [(4, 4), (8, 2)])
+@pytest.mark.parametrize(("dtype", "prefix_dtype"), DTYPES)
+def test_padding_is_left_out(blocks, apart, dtype, prefix_dtype, H, H_KV, is_causal, kind):
+    mask = padded(66, PADDING)
+    if kind == "rows":
+        mask = mask.expand(-1, -1, 66, -1).contiguous()
+    if kind == "causal":
+        mask = mask & torch.ones(66, 66).bool().tril()
+    if kind == "lowest":
+        mask = additive(mask, dtype, torch.finfo(dtype).min)
+    inputs = prefix_attention_inputs(6, H, H_KV, 66, 66, 5, 16, dtype=dtype, prefix_dtype=prefix_dtype)
+    assert_within_budget_of_stock([inputs], mask, is_causal=is_causal)
+    last_rows = [keys for rows, keys in blocks if rows.stop == 66]
+    assert [(keys.start, keys.stop) for keys in last_rows] == [(0, 40), (0, 66), (13, 66), (9, 50), (0, 0)] * 2
+
+
+def test_sequences_are_joined_where_that_costs_less(monkeypatch):
+    query = torch.empty(5, 4, 1024, 16)
+    ends = [100, 104, 60, 128, 127]
+
+    def groups(blocks=1):
+        sequences = (torch.zeros(5, dtype=torch.int32), torch.tensor(ends, dtype=torch.int32))
+        return [(g.stop - g.start, k.stop) for g, k in flash.sequence_groups(query, 128, Seen(None, sequences), blocks)]
+
+    monkeypatch.setattr(flash, "CALL_LOGITS", 4 * 1024 * 8)
+    assert groups() == [(2, 104), (1, 60), (2, 128)]
+    assert groups(blocks=8) == [(3, 104), (2, 128)]
+    monkeypatch.setattr(flash, "APART_ROWS", 4 * 1024 + 1)
+    assert groups() == [(5, 128)]
+    monkeypatch.setattr(flash, "APART_ROWS", 4 * 1024)
+    assert len(groups()) == 3
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    assert groups() == [(5, 128)], "threads without a head"
 
 
 def test_keys_that_no_row_of_a_block_sees_are_left_out(blocks):
@@ -148,7 +202,7 @@ def test_blocks_are_no_higher_than_a_window_or_what_was_packed():
     causal, window = Options(0, None, True, None, None, 0.25), Options(0, None, True, 9, None, 0.25)
 
     def seen(mask):
-        return seen_keys(mask[None, None], 66)
+        return seen_keys(mask[None, None], 66).rows
 
     assert [keys.tolist()[20:24] for keys in seen(packed)] == [[0, 0, 22, 22], [21, 22, 23, 24]]
     assert flash._span(causal, None) is None

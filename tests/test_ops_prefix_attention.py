@@ -227,6 +227,26 @@ def test_keys_that_nobody_sees_are_not_multiplied():
     assert logits(None, False) == 1024 * 1024
 
 
+def test_padding_is_not_multiplied(monkeypatch):
+    """By chunks of few sequences, each with the range of keys that one of them sees."""
+    inputs = prefix_attention_inputs(5, 4, 2, 60, 70, 5, 16)
+    keys = torch.arange(70)
+    ranges = [(0, 30), (5, 40), (0, 0), (20, 70), (0, 70)]
+    padded = torch.stack([(keys >= first) & (keys < last) for first, last in ranges])[:, None, None]
+    monkeypatch.setattr(eager_form, "CPU_LOGITS", 60 * 75 * 4 * 2)  # of two sequences
+    tensors = [inputs.query, inputs.key, inputs.value, inputs.prefix_key, inputs.prefix_value, padded, None]
+    chunks = list(eager_form._Call(tensors, eager_form.Options(0, None, False, None, None, 0.25)).chunks())
+    found = [(chunk.heads, chunk.batch, chunk.keys) for chunk, _ in chunks]
+    both = slice(0, 2)
+    assert found == [(both, both, slice(0, 40)), (both, slice(2, 4), slice(20, 70)), (both, slice(4, 5), slice(0, 70))]
+    for options in ({}, {"is_causal": True}, {"softcap": 1.5}):
+        for mask in (padded, additive(padded, torch.float32, torch.finfo(torch.float32).min)):
+            assert_op_within_budget("eager", inputs, dropout_p=0.2, attn_mask=mask, **options)
+            assert_op_within_budget("eager", inputs, attn_mask=mask, **options)
+    gated = prefix_attention_inputs(5, 4, 2, 60, 70, 5, 16, gate=True)
+    assert_op_within_budget("eager", gated, dropout_p=0.2, attn_mask=padded)
+
+
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"sliding_window": 3}], ids=str)
 @pytest.mark.parametrize("mask", [None, "bool", "float"])
 def test_small_calls_run_as_usual(options, mask):

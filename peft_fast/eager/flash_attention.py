@@ -3,21 +3,38 @@
     y = softmax(scale · q [Kp; K]ᵀ + mask) [Vp; V], its gradients from y and the log-sum-exp of the rows
 
 A block of rows meets the prefix, which every row sees, and the keys that one of its rows sees: in four blocks, under a
-causal mask, five eighths of the sequence's part of one call over all keys. Kept for backward are the caller's tensors,
-y and lse; the copies of the prefix in front of the keys are made again.
+causal mask, five eighths of the sequence's part of one call over all keys. Sequences with more padding than others have
+blocks of their own. Kept for backward are the caller's tensors, y and lse; the copies of the prefix in front of the
+keys are made again.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_fast.eager.prefix_attention import Options, Tensors, added, empty_y, hidden_keys, row_blocks, seen_keys
+from peft_fast.eager.prefix_attention import (
+    Options,
+    Seen,
+    Tensors,
+    added,
+    both,
+    empty_y,
+    four_sizes,
+    hidden_keys,
+    row_blocks,
+    seen_keys,
+)
 
 _fwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+# Rows of all heads from which on sequences get calls of torch's kernel apart, and what such a call, forward and
+# backward, costs beside its logits, in logits. As measured on an Intel Emerald Rapids.
+APART_ROWS = 4096
+CALL_LOGITS = 1 << 17
 
 
 def serves(tensors: Tensors, options: Options) -> bool:
@@ -54,10 +71,15 @@ def attention_fwd(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
     The tensors are those of `prefix_attention.attention_fwd`.
     """
     query = _dense_rows(tensors[0])
-    y, lse = empty_y(query), query.new_empty(query.shape[:3], dtype=_wide(query))
-    for rows, _, key, value, mask in _blocks(tensors, options):
-        y_rows, lse_rows = _fwd(query[:, :, rows], key, value, 0.0, False, attn_mask=mask, scale=options.scale)
-        y[:, :, rows], lse[:, :, rows] = y_rows, lse_rows
+    y: Any = None
+    lse: Any = None
+    for at, _, *attended, mask in _blocks(tensors, options):
+        y_block, lse_block = _fwd(query[at], *attended, 0.0, False, attn_mask=mask, scale=options.scale)
+        if y_block.shape == query.shape:
+            return y_block, lse_block
+        if y is None:
+            y, lse = empty_y(query), query.new_empty(query.shape[:3], dtype=_wide(query))
+        y[at], lse[at] = y_block, lse_block
     return y, lse
 
 
@@ -67,40 +89,99 @@ def attention_bwd(
     """The gradients that `needs` names among query, key, value, prefix_key and prefix_value; `saved` is y and lse."""
     y, lse = saved
     query, key, value, prefix_key, prefix_value, *_ = tensors
-    P, dq = prefix_key.shape[1], torch.empty_like(query)
-    dy, query = _dense_rows(dy), _dense_rows(query)
-    dk, dv = _Sum(key, P), _Sum(value, P)
-    for rows, keys, key_block, value_block, mask in _blocks(tensors, options):
-        attended = dy[:, :, rows], query[:, :, rows], key_block, value_block, y[:, :, rows], lse[:, :, rows]
-        dq[:, :, rows], *others = _bwd(*attended, 0.0, False, attn_mask=mask, scale=options.scale)
-        dk.add(others[0], keys)
-        dv.add(others[1], keys)
-    grads = {"query": dq, "key": dk.own(), "value": dv.own()}
-    grads |= {"prefix_key": dk.prefix(prefix_key), "prefix_value": dv.prefix(prefix_value)}
-    return {name: grads[name] for name in needs}
+    dy, rows = _dense_rows(dy), _dense_rows(query)
+    dq: Any = None
+    dk, dv = (_Gradients(own, prefix_key.shape[1], query.shape[2]) for own in (key, value))
+    for at, keys, *attended, mask in _blocks(tensors, options):
+        saved_here = y[at], lse[at], 0.0, False
+        dq_block, *others = _bwd(dy[at], rows[at], *attended, *saved_here, attn_mask=mask, scale=options.scale)
+        dk.add(at, keys, others[0])
+        dv.add(at, keys, others[1])
+        if dq_block.shape == query.shape:
+            dq = dq_block
+        else:
+            dq = torch.empty_like(query) if dq is None else dq
+            dq[at] = dq_block
+    grads = {"query": dq, "key": dk.own, "value": dv.own, "prefix_key": dk.prefix(), "prefix_value": dv.prefix()}
+    inputs = {"query": query, "key": key, "value": value, "prefix_key": prefix_key, "prefix_value": prefix_value}
+    return {name: grads[name].to(inputs[name].dtype) for name in needs}
 
 
-def _blocks(tensors: Tensors, options: Options) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor | None]]:
-    """Of each block, the last rows first: rows, keys of the sequence, [Kp; K], [Vp; V], and what is added."""
-    query, key, value, prefix_key, prefix_value, attn_mask, _ = tensors
-    S, T, P = query.shape[2], key.shape[2], prefix_key.shape[1]
-    mask, seen = None, None
+class _Block(NamedTuple):
+    """Some rows of some sequences, and [prefix; keys] that they meet."""
+
+    at: tuple[slice, slice, slice]  # where in query: sequences, heads, rows
+    keys: slice  # of the sequence
+    key: Tensor  # (sequences, H_KV, P + keys, DH)
+    value: Tensor
+    mask: Tensor | None  # what is added to the logits
+
+
+def _blocks(tensors: Tensors, options: Options) -> Iterator[_Block]:
+    """All blocks of a call, of each group of sequences the last rows first."""
+    query, own_key, own_value, prefix_key, prefix_value, attn_mask, _ = tensors
+    S, T, P = query.shape[2], own_key.shape[2], prefix_key.shape[1]
+    mask, seen = None, Seen(None, None)
     if attn_mask is not None:
-        mask = attn_mask.view((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
+        mask = four_sizes(attn_mask)
         seen = seen_keys(mask, T)
-    added_to_all = _added(mask, query, P, T, options)
-    joints = [
-        torch.cat([prefix.to(own.dtype).expand(len(own), -1, -1, -1), own], dim=2)
-        for prefix, own in ((prefix_key, key), (prefix_value, value))
-    ]
-    height = -(-S // block_count(query, key, _span(options, seen)))
-    blocks = row_blocks(S, T, height, options, seen)
+    height = -(-S // block_count(query, own_key, _span(options, seen.rows)))
+    blocks = row_blocks(S, T, height, options, seen.rows)
     if all(keys == blocks[0][1] for _, keys in blocks):  # nothing to leave out
         blocks = [(slice(0, S), blocks[0][1])]
-    for rows, keys in reversed(blocks):
-        key_block, value_block = (_attended(joint, P, keys, 2) for joint in joints)
-        added_rows = None if added_to_all is None else _attended(added_to_all[:, :, rows], P, keys, 3)
-        yield rows, keys, key_block, value_block, added_rows
+    hidden = hidden_keys(slice(0, S), slice(0, T), S, T, options)
+    for batch, seen_by_batch in sequence_groups(query, T, seen, len(blocks)):
+        joints = [
+            torch.cat(
+                [prefix.to(own.dtype).expand(batch.stop - batch.start, -1, -1, -1), own[batch, :, seen_by_batch]], 2
+            )
+            for prefix, own in ((prefix_key, own_key), (prefix_value, own_value))
+        ]
+        masked = _added(mask, hidden, batch, seen_by_batch, S, P, query.dtype)
+        for rows, keys in reversed(blocks):
+            keys = both(keys, seen_by_batch)
+            key, value = (_attended(joint, P, keys, seen_by_batch, 2) for joint in joints)
+            added_rows = None if masked is None else _attended(masked[:, :, rows], P, keys, seen_by_batch, 3)
+            yield _Block((batch, slice(None), rows), keys, key, value, added_rows)
+
+
+def has_groups(query: Tensor) -> bool:
+    """Whether sequences may get calls apart. torch's kernel shares sequences and heads among threads."""
+    _, H, S, _ = query.shape
+    return H * S >= APART_ROWS and torch.get_num_threads() <= H
+
+
+def sequence_groups(query: Tensor, T: int, seen: Seen, blocks: int = 1) -> list[tuple[slice, slice]]:
+    """The sequences in groups of so many blocks of rows, each with the range of the T keys that one of them may see.
+
+    A group ends where leaving out what the next one does not see takes less than the calls that it costs.
+    """
+    Z, H, S, _ = query.shape
+    if seen.sequences is None or not has_groups(query):
+        return [(slice(0, Z), slice(0, T))]
+    groups: list[tuple[slice, slice]] = []
+    for z, (first, last) in enumerate(zip(*(ends.tolist() for ends in seen.sequences), strict=True)):
+        keys = slice(first, last) if first < last else slice(0, 0)
+        if groups:
+            batch, others = groups[-1]
+            count, joint = z - batch.start, _either(keys, others)
+            more = (count + 1) * _length(joint) - count * _length(others) - _length(keys)
+            if more * H * S <= CALL_LOGITS * blocks:
+                groups[-1] = slice(batch.start, z + 1), joint
+                continue
+        groups.append((slice(z, z + 1), keys))
+    return groups
+
+
+def _length(keys: slice) -> int:
+    return keys.stop - keys.start
+
+
+def _either(a: slice, b: slice) -> slice:
+    """The range of all keys of two."""
+    if a.start == a.stop or b.start == b.stop:
+        return b if a.start == a.stop else a
+    return slice(min(a.start, b.start), max(a.stop, b.stop))
 
 
 def _span(options: Options, seen: tuple[Tensor, Tensor] | None) -> int | None:
@@ -111,53 +192,76 @@ def _span(options: Options, seen: tuple[Tensor, Tensor] | None) -> int | None:
     return min(spans) if spans else None
 
 
-def _attended(joint: Tensor, P: int, keys: slice, dim: int) -> Tensor:
-    """Of `joint`, which has the prefix first in that dimension, the prefix and `keys`."""
-    if keys.start == 0:
-        return joint.narrow(dim, 0, P + keys.stop)
-    own = joint.narrow(dim, P + keys.start, keys.stop - keys.start)
-    return torch.cat([joint.narrow(dim, 0, P), own], dim)
+def _attended(joint: Tensor, P: int, keys: slice, of: slice, dim: int) -> Tensor:
+    """Of `joint`, which has the prefix and the keys `of` a sequence in that dimension, the prefix and `keys`."""
+    start, length = P + keys.start - of.start, _length(keys)
+    if start == P:
+        return joint.narrow(dim, 0, P + length)
+    return torch.cat([joint.narrow(dim, 0, P), joint.narrow(dim, start, length)], dim)
 
 
-def _added(mask: Tensor | None, query: Tensor, P: int, T: int, options: Options) -> Tensor | None:
-    """What is added to all logits, (Z or 1, H or 1, S, P + T): zeros for the prefix."""
-    S = query.shape[2]
-    hidden = hidden_keys(slice(0, S), slice(0, T), S, T, options)
-    if hidden is None and mask is None:
-        return None
-    if mask is None:
-        mask = ~hidden[None, None]
-    elif hidden is not None:
-        mask = mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, -torch.inf)
-    mask = mask.expand(*mask.shape[:2], S, T)
-    return added(F.pad(mask, (P, 0), value=mask.dtype == torch.bool), query.dtype)
+def _added(
+    mask: Tensor | None, hidden: Tensor | None, batch: slice, keys: slice, S: int, P: int, dtype: torch.dtype
+) -> Tensor | None:
+    """What is added to the logits of some sequences, (sequences or 1, H or 1, S, P + keys): zeros for the prefix.
 
-
-class _Sum:
-    """The gradient of [prefix; own] (Z, H_KV, P + T, DH), added up over blocks of rows."""
-
-    def __init__(self, own: Tensor, P: int) -> None:
-        self.of, self.P = own, P
-        self.total: Any = None
-
-    def add(self, block: Tensor, keys: slice) -> None:
-        Z, H_KV, T, DH = self.of.shape
-        if self.total is None:
-            if keys == slice(0, T) and block.dtype is _wide(block):
-                self.total = block
-                return
-            self.total = block.new_zeros(Z, H_KV, self.P + T, DH, dtype=_wide(block))
-        if keys.start == 0:
-            self.total[:, :, : self.P + keys.stop] += block
+    None where that is nothing.
+    """
+    if mask is not None:
+        mask = _part(mask, batch, keys)
+        if mask.dtype == torch.bool and mask.numel() and bool(mask.view(torch.uint8).amin()):
+            mask = None
+    if hidden is not None:
+        hidden = hidden[:, keys]
+        if mask is None:
+            mask = ~hidden[None, None]
         else:
-            self.total[:, :, : self.P] += block[:, :, : self.P]
-            self.total[:, :, self.P + keys.start : self.P + keys.stop] += block[:, :, self.P :]
+            mask = mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, -torch.inf)
+    if mask is None:
+        return None
+    mask = F.pad(added(mask, dtype).expand(*mask.shape[:3], _length(keys)), (P, 0))
+    return mask.expand(-1, -1, S, -1)
 
-    def own(self) -> Tensor:
-        return self.total[:, :, self.P :].to(self.of.dtype)
 
-    def prefix(self, like: Tensor) -> Tensor:
-        return self.total[:, :, : self.P].sum(0).to(like.dtype)
+def _part(mask: Tensor, batch: slice, keys: slice) -> Tensor:
+    """A part of a mask, whose sizes of 1 stand for any."""
+    return mask[batch if mask.shape[0] > 1 else slice(None), :, :, keys if mask.shape[3] > 1 else slice(None)]
+
+
+class _Gradients:
+    """Those of keys or values, of the sequences (Z, H_KV, T, DH) and of the prefix."""
+
+    def __init__(self, own: Tensor, P: int, S: int) -> None:
+        self._of, self._P, self._S = own, P, S
+        self.own: Any = None
+        self._prefixes: list[Tensor] = []  # by groups of sequences
+
+    def add(self, at: tuple[slice, slice, slice], keys: slice, grad: Tensor) -> None:
+        """That of a block's [prefix; keys]; those of several blocks are added up in float32 or wider.
+
+        The first block of a sequence has its last rows.
+        """
+        batch, _, rows = at
+        grad = grad.to(_wide(grad))
+        prefix, own = grad[:, :, : self._P], grad[:, :, self._P :]
+        if rows.stop < self._S:
+            self._prefixes[-1] += prefix
+            self.own[batch][:, :, keys] += own
+            return
+        self._prefixes.append(prefix)
+        if own.shape == self._of.shape:
+            self.own = own
+            return
+        if self.own is None:
+            self.own = torch.empty_like(self._of, dtype=own.dtype)
+        target = self.own[batch]
+        target[:, :, : keys.start] = 0
+        target[:, :, keys] = own
+        target[:, :, keys.stop :] = 0
+
+    def prefix(self) -> Tensor:
+        """(H_KV, P, DH)."""
+        return torch.cat(self._prefixes).sum(0)
 
 
 def _dense_rows(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from peft_fast import eager, reference, support
 from peft_fast.eager import flash_attention as flash
-from peft_fast.eager.prefix_attention import Options, empty_y, seen_keys
+from peft_fast.eager.prefix_attention import Options, empty_y, four_sizes, seen_keys
 from peft_fast.ops import _shared
 from peft_fast.ops._shared import LIBRARY, resolve
 
@@ -18,6 +18,9 @@ _TENSORS = (
     "Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value, Tensor? attn_mask, Tensor? gate"
 )
 _OPTIONS = "int threshold, Tensor? seed, bool is_causal, int? sliding_window, float? softcap, float scale"
+
+# What blocks of rows attend to at most, of all keys: they copy y and the gradients, and make the joint keys twice.
+MOST_ATTENDED = 0.9
 
 LIBRARY.define(f"prefix_attention({_TENSORS}, {_OPTIONS}, str backend) -> Tensor")
 LIBRARY.define(f"prefix_attention_fwd({_TENSORS}, {_OPTIONS}, str plan) -> Tensor[]")
@@ -347,7 +350,9 @@ def apply_prefix_attention(
             or (
                 query.is_cpu
                 and not dropout_p
-                and _leaves_nothing_out(query, key, attn_mask, is_causal or sliding_window is not None)
+                and _leaves_nothing_out(
+                    query, key, prefix_key.shape[1], attn_mask, is_causal or sliding_window is not None
+                )
             )
         )
         and (torch.compiler.is_compiling() or not support.in_transform())
@@ -375,7 +380,7 @@ def _is_small(query: Tensor, key: Tensor, prefix_key: Tensor, dropout_p: float) 
     return logits * (4 if dropout_p else 1) < support.MIN_CPU_ATTENTION_LOGITS
 
 
-def _leaves_nothing_out(query: Tensor, key: Tensor, attn_mask: Tensor | None, restricted: bool) -> bool:
+def _leaves_nothing_out(query: Tensor, key: Tensor, P: int, attn_mask: Tensor | None, restricted: bool) -> bool:
     """Whether blocks of rows would gain nothing, as far as a look at the first and the last row tells.
 
     Keys that can be left out are how ours gets ahead of torch's fused attention on the CPU.
@@ -384,13 +389,18 @@ def _leaves_nothing_out(query: Tensor, key: Tensor, attn_mask: Tensor | None, re
         return True
     if restricted:
         return False
-    if attn_mask is None or attn_mask.dim() == 1 or attn_mask.shape[-2] == 1 or attn_mask.stride(-2) == 0:
+    mask = None if attn_mask is None else four_sizes(attn_mask)
+    if mask is None or (mask.shape[2] == 1 and (mask.shape[0] == 1 or not flash.has_groups(query))):
         return True
     if not support.is_ordinary(query):
         return False
-    mask = attn_mask.view((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
-    seen = seen_keys(mask[:, :, [0, -1]], key.shape[2])
-    return seen is None or all(int(keys[0]) == int(keys[1]) for keys in seen)
+    T = key.shape[2]
+    seen = seen_keys(mask[:, :, [0, -1]], T)
+    if seen.rows is not None and any(int(keys[0]) != int(keys[1]) for keys in seen.rows):
+        return False
+    groups = flash.sequence_groups(query, T, seen)
+    attended = sum((batch.stop - batch.start) * (P + keys.stop - keys.start) for batch, keys in groups)
+    return attended > MOST_ATTENDED * len(query) * (P + T)
 
 
 def _as_usual(
