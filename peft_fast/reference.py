@@ -86,7 +86,9 @@ def bottleneck_adapter(
     h = F.linear(ACTIVATIONS[activation](F.linear(h, down_weight, down_bias)), up_weight, up_bias)
     if keep_mask is not None:
         h = h * keep_mask.to(h.dtype) * keep_scale(drop_threshold(dropout_p))
-    if isinstance(scaling, Tensor) or scaling != 1:
+    if isinstance(scaling, Tensor):
+        h = h * scaling.reshape(())  # which does not widen h
+    elif scaling != 1:
         h = h * scaling
     if residual is not None and not residual_after_norm:
         h = residual + h

@@ -364,6 +364,8 @@ BAD = {
     "transposed up": ({"up_weight": torch.randn(2, 8), "residual": torch.randn(4, 8)}, "up_weight does not fit"),
     "down_bias": ({"down_bias": torch.randn(3)}, "down_bias does not fit"),
     "norm": ({"norm_after": (torch.ones(9), torch.ones(9))}, "norm_after_weight does not fit"),
+    "no pair": ({"norm_before": torch.ones(8)}, "norm_before must be a pair of tensors, weight and bias, got Tensor"),
+    "no bias": ({"norm_after": (torch.ones(8), None)}, "norm_after must be a pair of tensors, weight and bias"),
     "column": ({"down_bias": torch.randn(2, 1)}, "down_bias does not fit"),
     "dimensions": ({"down_weight": torch.randn(1, 2, 8)}, "the number of dimensions does not fit"),
     "eps": ({"norm_before": (torch.ones(8), torch.ones(8)), "eps": -1.0}, "eps must not be negative, got -1.0"),

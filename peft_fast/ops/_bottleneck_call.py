@@ -37,6 +37,19 @@ class Options(NamedTuple):
     eps: float
 
 
+def pair(name: str, norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of a norm, None where there is none."""
+    if norm is None:
+        return None, None
+    if not (isinstance(norm, tuple | list) and len(norm) == 2 and all(isinstance(part, Tensor) for part in norm)):
+        found = [type(part).__name__ for part in norm] if isinstance(norm, tuple | list) else type(norm).__name__
+        raise ValueError(
+            f"bottleneck_adapter: {name} must be a pair of tensors, weight and bias, got {found}; a LayerNorm without "
+            "bias has zeros"
+        )
+    return norm[0], norm[1]
+
+
 def validate(
     tensors: Any, activation: str, dropout_p: float, seed: Tensor | None, residual: Tensor | None, eps: float
 ) -> None:

@@ -16,12 +16,11 @@ from peft_fast.ops._bottleneck_call import (
     fits,
     grads_by_reference,
     is_usual_call,
+    pair,
     under_autocast,
     validate,
 )
 from peft_fast.ops._shared import LIBRARY, as_tensor, resolve, rows
-
-_NO_NORM = (None, None)
 
 # In the order of INPUTS.
 _TENSORS = (
@@ -334,7 +333,8 @@ def bottleneck_adapter(
     Raises ValueError where shapes, dtypes or devices do not fit, for an unknown activation or a dropout_p out of range,
     NotImplementedError where an explicit `backend` cannot serve.
     """
-    parameters = [down_weight, down_bias, up_weight, up_bias, *(norm_before or _NO_NORM), *(norm_after or _NO_NORM)]
+    norms = (*pair("norm_before", norm_before), *pair("norm_after", norm_after))
+    parameters = [down_weight, down_bias, up_weight, up_bias, *norms]
     options = (scaling, activation, dropout_p, seed, residual_after_norm, eps)
     return apply_bottleneck_adapter(x, residual, parameters, *options, support.current_backend(down_weight))
 
