@@ -364,6 +364,7 @@ def test_merging_is_refused_and_unloading_works():
     for merge in (model.merge_adapter, model.merge_and_unload, bottleneck_layers(model)[0].merge):
         with pytest.raises(ValueError, match="cannot be merged"):
             merge()
+    model.unmerge_adapter()
     assert model.unload() is base
     assert torch.equal(logits(base), expected)
     assert not bottleneck_layers(base)

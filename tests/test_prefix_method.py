@@ -10,6 +10,8 @@ import pytest
 import torch
 from families import FAMILIES, TASKS, batch, build
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
 from prefix_models import (
     P,
@@ -403,11 +405,17 @@ def test_loading_onto_the_meta_device_first(tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
-def test_merging_is_refused():
-    model = prefixed("bert")
-    for merge in (model.merge_adapter, model.merge_and_unload, prefix_layers(model)[0].merge):
+@pytest.mark.parametrize("options", [{}, {"layers": "input"}], ids=str)
+def test_merging_is_refused_and_casts_may_be_disabled(options):
+    model = prefixed("bert", **options)
+    (layer, *_) = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    for merge in (model.merge_adapter, model.merge_and_unload, layer.merge):
         with pytest.raises(ValueError, match="cannot be merged"):
             merge()
+    model.unmerge_adapter()
+    expected = logits(model)
+    with disable_input_dtype_casting(model):
+        assert torch.equal(logits(model), expected)
 
 
 def test_print_trainable_parameters(capsys):

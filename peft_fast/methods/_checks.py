@@ -26,6 +26,26 @@ def check_targets(config: Any) -> None:
             setattr(config, name, set(getattr(config, name)))
 
 
+def cannot_merge(kind: str) -> ValueError:
+    return ValueError(
+        f"{kind} cannot be merged: no weight of the base model can hold it. Keep it, or take it off with unload()"
+    )
+
+
+class NeverMerges:
+    """A layer whose adapters no weight of the base model could hold."""
+
+    kind: str
+    # What `peft.helpers.disable_input_dtype_casting` switches; the ops take any dtypes that a cast would bring here.
+    cast_input_dtype_enabled = True
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise cannot_merge(self.kind)
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged."""
+
+
 class RefusesMixedBatches:
     """A tuner whose adapters serve whole batches: peft drops `adapter_names` silently where a tuner takes none."""
 

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_fast import support
 from peft_fast.layers import ADAPTER_INITS, init_adapter
-from peft_fast.methods._checks import RefusesMixedBatches, check_targets, is_number
+from peft_fast.methods._checks import NeverMerges, RefusesMixedBatches, cannot_merge, check_targets, is_number
 from peft_fast.methods._per_thread import PerThread
 from peft_fast.methods.bottleneck_targets import default_targets
 from peft_fast.ops._shared import fit
@@ -38,10 +38,6 @@ from peft_fast.reference import ACTIVATIONS
 
 _STYLES = ("houlsby", "pfeiffer", "parallel")
 _RESIDUALS = ("branch", "sum", "norm")
-_CANNOT_MERGE = (
-    "a bottleneck adapter cannot be merged: it has a nonlinearity, so no weight of the base model can hold it. "
-    "Keep the adapter, or take it off with unload()"
-)
 
 
 @dataclass
@@ -157,9 +153,10 @@ class _Source:
         return x
 
 
-class BottleneckLayer(nn.Module, BaseTunerLayer):
+class BottleneckLayer(NeverMerges, nn.Module, BaseTunerLayer):
     """A module of the model and the adapters on it, by name; several active ones are applied one after the other."""
 
+    kind = "a bottleneck adapter, which is nonlinear,"
     adapter_layer_names = (
         "bottleneck_down",
         "bottleneck_up",
@@ -317,12 +314,6 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         if adapter_name in self.bottleneck_source:
             self.bottleneck_source.pop(adapter_name).handle.remove()
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise ValueError(_CANNOT_MERGE)
-
-    def unmerge(self) -> None:
-        """Nothing is ever merged."""
-
     def __repr__(self) -> str:
         return "bottleneck." + super().__repr__()
 
@@ -376,7 +367,7 @@ class BottleneckModel(RefusesMixedBatches, BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _check_merge_allowed(self) -> None:
-        raise ValueError(_CANNOT_MERGE)
+        raise cannot_merge(BottleneckLayer.kind)
 
     def unload(self) -> nn.Module:
         for module in self.model.modules():

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from torch import Tensor, nn
 
 from peft_fast.layers import PREFIX_STD
-from peft_fast.methods._checks import RefusesMixedBatches
+from peft_fast.methods._checks import NeverMerges, RefusesMixedBatches, cannot_merge
 from peft_fast.methods.prefix_config import PrefixConfig
 from peft_fast.methods.prefix_init import init_from_tokens, init_input, initial_tokens
 from peft_fast.methods.prefix_input import ROWS, Front, InputLayer, find_stack
@@ -23,17 +23,14 @@ from peft_fast.methods.prefix_interface import CHILD, Switch
 from peft_fast.methods.prefix_positions import hook_positions
 from peft_fast.methods.prefix_targets import Sizes, find_attention, sizes
 
-_CANNOT_MERGE = (
-    "a prefix cannot be merged: no weight of the base model can hold it. Keep the prefix, or take it off with unload()"
-)
 
-
-class PrefixLayer(nn.Module, BaseTunerLayer):
+class PrefixLayer(NeverMerges, nn.Module, BaseTunerLayer):
     """The prefixes of one attention module, by adapter name; those of several active adapters stand side by side.
 
     It is a child of the attention module, which stays what it is.
     """
 
+    kind = "a prefix"
     # Each holds parameters or single layers: peft puts the adapter's name in front of the last part of a saved key.
     adapter_layer_names = (
         "prefix_key",
@@ -136,12 +133,6 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
             parameters[adapter_name] = nn.Parameter(values.contiguous(), requires_grad=trainable)
         for adapters in (self.prefix_embedding, self.prefix_mlp_in, self.prefix_mlp_out):
             del adapters[adapter_name]
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise ValueError(_CANNOT_MERGE)
-
-    def unmerge(self) -> None:
-        """Nothing is ever merged."""
 
     def __repr__(self) -> str:
         return "prefix." + super().__repr__()
@@ -287,4 +278,4 @@ class PrefixModel(RefusesMixedBatches, BaseTuner):
             self._switch = None
 
     def _check_merge_allowed(self) -> None:
-        raise ValueError(_CANNOT_MERGE)
+        raise cannot_merge(PrefixLayer.kind)

@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from peft_fast.methods._checks import NeverMerges
 from peft_fast.methods._per_thread import PerThread
 from peft_fast.methods.prefix_config import PrefixConfig
 from peft_fast.methods.prefix_interface import FRONT, cache_of
@@ -32,9 +33,10 @@ ROWS = "input_prefix"
 _Prefix = tuple[Tensor, Tensor, Tensor | None]
 
 
-class InputLayer(nn.Module, BaseTunerLayer):
+class InputLayer(NeverMerges, nn.Module, BaseTunerLayer):
     """The rows (P, D) of one model, by adapter name; those of several active adapters stand one behind the other."""
 
+    kind = "a prefix"
     adapter_layer_names = ("prefix_input",)
     other_param_names = ("prefix_config",)
     # peft's own ask a base layer, which this one does not wrap.
