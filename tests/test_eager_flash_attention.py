@@ -141,7 +141,7 @@ def test_sequences_are_joined_where_that_costs_less(monkeypatch):
     assert groups() == [(5, 128)]
     monkeypatch.setattr(flash, "APART_ROWS", 4 * 1024)
     assert len(groups()) == 3
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    monkeypatch.setattr(flash, "_threads", lambda: 5)
     assert groups() == [(5, 128)], "threads without a head"
 
 
@@ -209,9 +209,10 @@ def test_blocks_are_no_higher_than_a_window_or_what_was_packed():
     assert flash._span(causal, seen(packed)) == 22
     assert flash._span(window, None) == flash._span(window, seen(packed)) == 9
     assert flash._span(window._replace(is_causal=False), None) is None  # later keys are all seen
-    assert seen(torch.ones(1, 66, dtype=torch.bool)) is None
-    assert flash._span(causal, seen(torch.ones(4, 1, dtype=torch.bool))) == 66
-    assert flash._span(causal, seen(torch.zeros(4, 66, dtype=torch.bool))) <= 0
+    assert seen(torch.ones(1, 66, dtype=torch.bool)) is seen(torch.ones(4, 66, dtype=torch.bool)) is None
+    unseeing = torch.ones(66, 66).bool().tril(-1)
+    assert flash._span(causal, seen(unseeing[:1].expand(66, -1))) is None
+    assert flash._span(causal, seen(unseeing)) == 65
     assert flash.block_count(torch.empty(1, 8, 512, 4), torch.empty(1, 8, 512, 4), -66) == 8
 
 
@@ -302,3 +303,56 @@ def test_a_row_of_least_values_attends_to_the_prefix_alone(blocks):
     y, expected = (prefix_attention(**inputs.leaves(), attn_mask=m, seed=seed) for m in (mask, infinite))
     torch.testing.assert_close(y, expected)
     assert blocks
+
+
+def long_padding(Z: int = 4, T: int = 512) -> torch.Tensor:
+    """(Z, 1, 1, T), of which a call of 8 heads leaves something out."""
+    return padded(T, [(0, T - 100 * i) for i in range(Z)])
+
+
+def test_what_padding_is_worth_leaving_out():
+    def runs_ours(mask, S=512):
+        inputs = prefix_attention_inputs(4, 8, 8, S, mask.shape[-1], 4, 16)
+        y = prefix_attention(**{name: leaf.requires_grad_() for name, leaf in inputs.leaves().items()}, attn_mask=mask)
+        return type(y.grad_fn).__name__ == "_PrefixAttentionBackward"
+
+    assert runs_ours(long_padding())
+    assert not runs_ours(padded(512, [(0, 512), (0, 510), (0, 440), (3, 512)])), "a tenth of it"
+    assert runs_ours(padded(512, [(0, 300)])), "of all sequences"
+    assert runs_ours(padded(384, [(0, 128), (0, 128), (3, 128), (0, 99)]), S=192), (
+        "padded to one length for all batches"
+    )
+    assert not runs_ours(padded(256, [(0, 99)]), S=128), "a small call"
+
+
+def test_a_look_at_padding_does_not_break_graphs():
+    inputs = prefix_attention_inputs(4, 8, 8, 512, 512, 4, 16)
+    leaves = list(inputs.leaves().values())
+    for mask in (long_padding(), long_padding().expand(-1, -1, 512, -1).contiguous()):
+        compiled = torch.compile(
+            lambda *args: prefix_attention(*args[:-1], attn_mask=args[-1]).transpose(1, 2).reshape(4, 512, -1),
+            backend="aot_eager",
+            fullgraph=True,
+        )
+        expected = prefix_attention(*leaves, attn_mask=mask).transpose(1, 2).reshape(4, 512, -1)
+        torch.testing.assert_close(compiled(*leaves, mask), expected)
+
+
+@pytest.mark.parametrize("lay_out", [lambda x: x, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)])
+@pytest.mark.parametrize(
+    "mask", [None, long_padding(2, 66), padded(66, [(0, 66), (0, 66)])], ids=["none", "some", "all"]
+)
+def test_the_layout_is_that_of_the_fake_kernel(apart, mask, lay_out):
+    """One block alone too, for which torch's kernel lays y out as it finds the query."""
+    inputs = prefix_attention_inputs(2, 4, 2, 66, 66, 5, 16)
+    tensors = [lay_out(leaf) if leaf.dim() == 4 else leaf for leaf in inputs.leaves().values()]
+    options = Options(0, None, False, None, None, 0.25)
+    torch.library.opcheck(torch.ops.peft_fast.prefix_attention_fwd, (*tensors, mask, None, *options, "flash"))
+
+
+def test_a_repetition_by_other_threads_chooses_alike(one_thread):
+    inputs = prefix_attention_inputs(4, 8, 8, 512, 512, 4, 16)
+    leaves = [leaf.requires_grad_() for leaf in inputs.leaves().values()]
+    y = checkpoint(lambda *args: prefix_attention(*args, attn_mask=long_padding()), *leaves, use_reentrant=False)
+    torch.set_num_threads(9)
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(y, leaves, inputs.dy))

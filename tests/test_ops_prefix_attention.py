@@ -189,6 +189,32 @@ def test_such_a_bias_is_not_for_the_kernels():
         prefix_attention(**inputs.leaves(), attn_mask=bias)
 
 
+def test_the_gradient_of_an_expanded_bias():
+    inputs = prefix_attention_inputs(2, 4, 4, 7, 9, 3, 16)
+    bias = torch.randn(2, 1, 1, 9, requires_grad=True)
+    grads = []
+    for op in (prefix_attention, reference.prefix_attention):
+        with peft_fast.backend("eager"):
+            y = op(**inputs.leaves(), attn_mask=bias.expand(2, 1, 7, 9))
+        grads.append(torch.autograd.grad(y, bias, inputs.dy)[0])
+    torch.testing.assert_close(*grads)
+
+
+def test_the_mask_of_dropout_is_that_of_the_seed_however_attn_mask_lies_in_memory():
+    """Hooks that keep copies give backward a dense one."""
+    inputs = prefix_attention_inputs(2, 4, 4, 200, 200, 3, 16)
+    mask = (torch.arange(200) < torch.tensor([[150], [180]]))[:, None, None].expand(2, 1, 200, 200)
+    strided, dense = (keep_mask("eager", inputs, 0.3, attn_mask=m) for m in (mask, mask.contiguous()))
+    assert torch.equal(strided, dense)
+    leaves = {name: leaf.requires_grad_() for name, leaf in inputs.leaves().items()}
+    grads = []
+    for pack in (lambda x: x, torch.clone):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            y = prefix_attention(**leaves, attn_mask=mask, dropout_p=0.3, seed=torch.tensor([SEED]))
+        grads.append(torch.autograd.grad(y, list(leaves.values()), inputs.dy))
+    assert all(map(torch.equal, *grads))
+
+
 def test_small_chunks_are_the_same_call(monkeypatch):
     """Many heads, sequences and blocks of rows a chunk, or one of each."""
     inputs = prefix_attention_inputs(3, 8, 4, 70, 70, 5, 16)

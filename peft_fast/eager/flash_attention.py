@@ -8,6 +8,7 @@ blocks of their own. Kept for backward are the caller's tensors, y and lse; the 
 keys are made again.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -75,10 +76,10 @@ def attention_fwd(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
     lse: Any = None
     for at, _, *attended, mask in _blocks(tensors, options):
         y_block, lse_block = _fwd(query[at], *attended, 0.0, False, attn_mask=mask, scale=options.scale)
-        if y_block.shape == query.shape:
-            return y_block, lse_block
         if y is None:
             y, lse = empty_y(query), query.new_empty(query.shape[:3], dtype=_wide(query))
+        if y_block.shape == y.shape and y_block.stride() == y.stride():
+            return y_block, lse_block.contiguous()
         y[at], lse[at] = y_block, lse_block
     return y, lse
 
@@ -121,12 +122,13 @@ def _blocks(tensors: Tensors, options: Options) -> Iterator[_Block]:
     """All blocks of a call, of each group of sequences the last rows first."""
     query, own_key, own_value, prefix_key, prefix_value, attn_mask, _ = tensors
     S, T, P = query.shape[2], own_key.shape[2], prefix_key.shape[1]
-    mask, seen = None, Seen(None, None)
-    if attn_mask is not None:
-        mask = four_sizes(attn_mask)
-        seen = seen_keys(mask, T)
-    height = -(-S // block_count(query, own_key, _span(options, seen.rows)))
-    blocks = row_blocks(S, T, height, options, seen.rows)
+    mask = None if attn_mask is None else four_sizes(attn_mask)
+    seen = None if mask is None else seen_keys(mask, T)
+    seen_by_rows = None if seen is None else seen.rows
+    if mask is not None and mask.stride(2) == 0:  # rows that are one in memory
+        mask = mask[:, :, :1]
+    height = -(-S // block_count(query, own_key, _span(options, seen_by_rows)))
+    blocks = row_blocks(S, T, height, options, seen_by_rows)
     if all(keys == blocks[0][1] for _, keys in blocks):  # nothing to leave out
         blocks = [(slice(0, S), blocks[0][1])]
     hidden = hidden_keys(slice(0, S), slice(0, T), S, T, options)
@@ -145,20 +147,18 @@ def _blocks(tensors: Tensors, options: Options) -> Iterator[_Block]:
             yield _Block((batch, slice(None), rows), keys, key, value, added_rows)
 
 
-def has_groups(query: Tensor) -> bool:
-    """Whether sequences may get calls apart. torch's kernel shares sequences and heads among threads."""
-    _, H, S, _ = query.shape
-    return H * S >= APART_ROWS and torch.get_num_threads() <= H
-
-
-def sequence_groups(query: Tensor, T: int, seen: Seen, blocks: int = 1) -> list[tuple[slice, slice]]:
+def sequence_groups(query: Tensor, T: int, seen: Seen | None, blocks: int = 1) -> list[tuple[slice, slice]]:
     """The sequences in groups of so many blocks of rows, each with the range of the T keys that one of them may see.
 
-    A group ends where leaving out what the next one does not see takes less than the calls that it costs.
+    A group ends where leaving out what the next one does not see takes less than the calls that it costs. torch's
+    kernel shares sequences and heads among threads.
     """
     Z, H, S, _ = query.shape
-    if seen.sequences is None or not has_groups(query):
+    if seen is None:
         return [(slice(0, Z), slice(0, T))]
+    if len(seen.sequences[0]) == 1 or H * S < APART_ROWS or _threads() > H:
+        first, last = int(seen.sequences[0].min()), int(seen.sequences[1].max())
+        return [(slice(0, Z), slice(first, last) if first < last else slice(0, 0))]
     groups: list[tuple[slice, slice]] = []
     for z, (first, last) in enumerate(zip(*(ends.tolist() for ends in seen.sequences), strict=True)):
         keys = slice(first, last) if first < last else slice(0, 0)
@@ -171,6 +171,12 @@ def sequence_groups(query: Tensor, T: int, seen: Seen, blocks: int = 1) -> list[
                 continue
         groups.append((slice(z, z + 1), keys))
     return groups
+
+
+@functools.cache
+def _threads() -> int:
+    """Those of the process when it was first asked: a repeated forward has to choose as the first one did."""
+    return torch.get_num_threads()
 
 
 def _length(keys: slice) -> int:
@@ -248,10 +254,11 @@ class _Gradients:
             self._prefixes[-1] += prefix
             self.own[batch][:, :, keys] += own
             return
-        self._prefixes.append(prefix)
         if own.shape == self._of.shape:
             self.own = own
+            self._prefixes.append(prefix)
             return
+        self._prefixes.append(prefix.clone())  # the block's memory is not kept
         if self.own is None:
             self.own = torch.empty_like(self._of, dtype=own.dtype)
         target = self.own[batch]

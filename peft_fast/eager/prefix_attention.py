@@ -180,7 +180,7 @@ class _Call:
         self.options = options
         self.keep_scale = keep_scale(options.threshold) if options.threshold else 1.0
         self.mask: Tensor | None = None
-        self.seen = Seen(None, None)
+        self.seen: Seen | None = None
         if attn_mask is not None:
             self._take_mask(attn_mask)
         self.spaces: dict[str, Tensor] = {}
@@ -214,7 +214,7 @@ class _Call:
         for rows, keys in self._row_blocks(limit):
             each = (rows.stop - rows.start) * self.G * (self.P + keys.stop - keys.start)
             heads, batch = limit // max(1, Z * each), limit // max(1, each)
-            if self.seen.sequences is not None and batch > self.H_KV:  # few sequences, whose padding can be left out
+            if self.seen is not None and batch > self.H_KV:  # few sequences, whose padding can be left out
                 heads, batch = self.H_KV, batch // self.H_KV
             elif heads > 1:
                 batch = Z
@@ -226,20 +226,23 @@ class _Call:
                     yield _Chunk(head_slice, batch_slice, rows, self._seen_by(batch_slice, keys))
 
     def _seen_by(self, batch: slice, keys: slice) -> slice:
-        """Of some keys those that a range has, from the first to the last that one of the sequences may see."""
-        if self.seen.sequences is None or batch == slice(0, self.query.shape[1]):
+        """Of some keys the range that holds all that one of the sequences may see."""
+        if self.seen is None:
             return keys
         first, last = self.seen.sequences
-        return both(keys, slice(int(first[batch].min()), int(last[batch].max())))
+        if len(first) > 1:
+            first, last = first[batch], last[batch]
+        return both(keys, slice(int(first.min()), int(last.max())))
 
     def _row_blocks(self, limit: int) -> list[tuple[slice, slice]]:
         """Blocks of queries, each with the range of keys that one of them may see."""
         S, T, (_, _, is_causal, window, *_) = self.query.shape[3], self.key.shape[2], self.options
-        differ = is_causal or window is not None or self.seen.rows is not None
+        seen = None if self.seen is None else self.seen.rows
+        differ = is_causal or window is not None or seen is not None
         height = max(1, limit // (self.G * (self.P + T)))
         if differ:
             height = min(height, max(1, BLOCK_ROWS // self.G))
-        return row_blocks(S, T, height, self.options, self.seen.rows)
+        return row_blocks(S, T, height, self.options, seen)
 
     def _triangle(self, chunk: _Chunk) -> Tensor | None:
         """What is_causal and the window add to a chunk's own logits, (S, T), None where that is nothing."""
@@ -347,25 +350,27 @@ def added(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def four_sizes(attn_mask: Tensor) -> Tensor:
-    """A mask that broadcasts to (Z, H, S, T), with all of its sizes, any of which may be 1; rows that are one row in
-    memory are one."""
-    mask = attn_mask.view((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
-    return mask[:, :, :1] if mask.stride(2) == 0 else mask
+    """A mask that broadcasts to (Z, H, S, T), with all of its sizes, any of which may be 1."""
+    return attn_mask.view((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
 
 
 class Seen(NamedTuple):
-    """The first key that a mask shows and the one past the last, T and 0 where it shows none; None where all see the
-    same: of the rows (S,), in any sequence and head, and of the sequences (Z,), in any row and head.
+    """The first key that a mask shows and the one past the last, T and 0 where it shows none.
+
+    Of the rows (S,), in any sequence and head, None where it is the same for all; of the sequences (1 or Z,), in any
+    row and head. They depend on what the mask holds, not on how it lies in memory, which a copy changes.
     """
 
     rows: tuple[Tensor, Tensor] | None
-    sequences: tuple[Tensor, Tensor] | None
+    sequences: tuple[Tensor, Tensor]
 
 
-def seen_keys(mask: Tensor, T: int, *, gated: bool = False) -> Seen:
-    """What rows and sequences see of the keys, of a mask of four dimensions."""
-    if T == 0 or 0 in mask.shape or (mask.shape[0] == 1 and mask.shape[2] == 1):
-        return Seen(None, None)
+def seen_keys(mask: Tensor, T: int, *, gated: bool = False) -> Seen | None:
+    """What rows and sequences see of the keys, of a mask of four dimensions; None where there are none."""
+    if T == 0 or 0 in mask.shape:
+        return None
+    if mask.stride(2) == 0:
+        mask = mask[:, :, :1]
     if mask.dtype != torch.bool:
         # With softmaxes apart, a row that has only the dtype's least value in its mask still attends.
         mask = ~(mask <= (-torch.inf if gated else torch.finfo(mask.dtype).min))  # what is no number is seen
@@ -376,9 +381,10 @@ def seen_keys(mask: Tensor, T: int, *, gated: bool = False) -> Seen:
         seen = seen.bool().expand(-1, T)
         return torch.where(seen, columns, T).amin(1), torch.where(seen, columns + 1, 0).amax(1)
 
-    return Seen(
-        ends(seen.amax((0, 1))) if mask.shape[2] > 1 else None, ends(seen.amax((1, 2))) if mask.shape[0] > 1 else None
-    )
+    rows = ends(seen.amax((0, 1))) if mask.shape[2] > 1 else None
+    if rows is not None and all(bool((keys == keys[0]).all()) for keys in rows):
+        rows = None
+    return Seen(rows, ends(seen.amax((1, 2))))
 
 
 def hidden_keys(rows: slice, keys: slice, S: int, T: int, options: Options) -> Tensor | None:

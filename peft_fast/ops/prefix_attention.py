@@ -19,8 +19,10 @@ _TENSORS = (
 )
 _OPTIONS = "int threshold, Tensor? seed, bool is_causal, int? sliding_window, float? softcap, float scale"
 
-# What blocks of rows attend to at most, of all keys: they copy y and the gradients, and make the joint keys twice.
-MOST_ATTENDED = 0.9
+# What blocks of rows attend to at most, of all keys: they copy y and the gradients, and make the joint keys twice. From
+# so many logits on, a look at the mask of a short call costs little beside it.
+MOST_ATTENDED = 0.85
+LOOK_LOGITS = 1 << 21
 
 LIBRARY.define(f"prefix_attention({_TENSORS}, {_OPTIONS}, str backend) -> Tensor")
 LIBRARY.define(f"prefix_attention_fwd({_TENSORS}, {_OPTIONS}, str plan) -> Tensor[]")
@@ -385,22 +387,23 @@ def _leaves_nothing_out(query: Tensor, key: Tensor, P: int, attn_mask: Tensor | 
 
     Keys that can be left out are how ours gets ahead of torch's fused attention on the CPU.
     """
-    if flash.block_count(query, key) == 1:
+    (Z, H, S, _), T = query.shape, key.shape[2]
+    is_short = flash.block_count(query, key) == 1
+    if is_short and Z * H * S * (P + T) < LOOK_LOGITS:
         return True
     if restricted:
-        return False
+        return is_short
     mask = None if attn_mask is None else four_sizes(attn_mask)
-    if mask is None or (mask.shape[2] == 1 and (mask.shape[0] == 1 or not flash.has_groups(query))):
+    if mask is None:
         return True
     if not support.is_ordinary(query):
-        return False
-    T = key.shape[2]
+        return is_short or mask.shape[2] == 1 or mask.stride(2) == 0
     seen = seen_keys(mask[:, :, [0, -1]], T)
-    if seen.rows is not None and any(int(keys[0]) != int(keys[1]) for keys in seen.rows):
-        return False
+    if seen is None or seen.rows is not None:
+        return is_short
     groups = flash.sequence_groups(query, T, seen)
     attended = sum((batch.stop - batch.start) * (P + keys.stop - keys.start) for batch, keys in groups)
-    return attended > MOST_ATTENDED * len(query) * (P + T)
+    return attended > MOST_ATTENDED * Z * (P + T)
 
 
 def _as_usual(
@@ -435,7 +438,7 @@ def _as_usual(
         torch.cat([prefix.expand(Z, -1, -1, -1).to(query.dtype), own], dim=2)  # its gradient is summed in its dtype
         for prefix, own in ((prefix_key, key), (prefix_value, value))
     )
-    grouped = key.shape[1] != H
+    grouped = bool(key.shape[1] != H)  # of symbols, torch takes no other
     return F.scaled_dot_product_attention(
         query, keys, values, attn_mask=mask, dropout_p=dropout_p, scale=scale, enable_gqa=grouped
     )
