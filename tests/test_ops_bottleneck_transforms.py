@@ -141,15 +141,16 @@ def test_create_graph_through_a_residual_that_depends_on_x():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_create_graph_beside_a_wider_scaling(backend):
     """A learned float32 scaling does not widen what meets a LayerNorm's 16-bit parameters."""
-    tensors = [torch.randn(shape).bfloat16() for shape in ((4, 8), (3, 8), (8, 3), (8,), (8,))]
-    tensors.append(torch.tensor([1.5]))
-    x, down, up, weight, bias, scaling = leaves = [tensor.requires_grad_() for tensor in tensors]
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((64, 8), (3, 8), (8, 3), (8,), (8,), (64, 8))
+    x, down, up, weight, bias, dy = (torch.randn(shape, generator=draw).bfloat16() for shape in shapes)
+    leaves = [tensor.requires_grad_() for tensor in (x, down, up, weight, bias, torch.tensor([1.5]))]
     with peft_fast.backend(backend):
-        y = bottleneck_adapter(x, down, up, scaling=scaling, residual=x, norm_after=(weight, bias))
-        first = torch.autograd.grad(y.float().square().sum(), leaves, retain_graph=True)
-        grads = torch.autograd.grad(y.float().square().sum(), leaves, create_graph=True)
-        second = torch.autograd.grad(grads[-1].square().sum(), leaves)
+        y = bottleneck_adapter(x, down, up, scaling=leaves[-1], residual=x, norm_after=(weight, bias))
+        first = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+        grads = torch.autograd.grad(y, leaves, dy, create_graph=True)
+        second = torch.autograd.grad(grads[-1].square().sum(), [x, down, up, weight, leaves[-1]])
     assert all(grad.dtype == leaf.dtype for grad, leaf in zip(grads, leaves, strict=True))
     assert all(grad.isfinite().all() and grad.any() for grad in second)
     for grad, plain in zip(grads, first, strict=True):
-        torch.testing.assert_close(grad, plain, rtol=0.1, atol=0.1 * plain.abs().max().item())
+        torch.testing.assert_close(grad, plain, rtol=0.05, atol=0.05 * plain.abs().max().item())
