@@ -62,7 +62,8 @@ def adapter_tile(x: Tensor, weight: Tensor, R: int, norm_before: bool, norm_afte
         return Tile(16 if kind == "sm100" else 64, 32, 0, 32, 8, 2)
     if kind == "sm100" or (kind == "sm120" and (R <= 64 or x.dtype is torch.float16)):
         return Tile(32, 32, 0, 64, 8 if x.dtype is torch.float16 and R <= 64 else 4, 2)
-    return Tile(32, 32, 0, 64 if kind in ("sm80", "sm86") and x.dtype is torch.float16 else 128, 8, 2)
+    narrow = kind == "gfx9" or (kind in ("sm80", "sm86") and x.dtype is torch.float16)
+    return Tile(32, 32, 0, 64 if narrow else 128, 8, 2)
 
 
 @triton.jit

@@ -52,7 +52,7 @@ def _matmul_tile(x: Tensor, R: int, name: str = "") -> Tile:
     if kind in ("sm80", "sm86", "sm120") or (R > 64 and kind != "gfx9"):
         return Tile(128, 128, 64, 64, 8, 3)
     if kind == "gfx9":
-        return Tile(256, 128, 64, 64, 8, 2)
+        return Tile(256, 128, 64, 64, 8, 2) if R <= 64 else Tile(128, 128, 64, 32, 8, 2)
     return Tile(128, 256, 64, 64, 8, 4 if kind == "sm90" and R <= 16 else 3)
 
 

@@ -61,9 +61,9 @@ def _skinny_tile(
             # Behind a dropout mask Triton 3.7 takes fp32 for TF32 in products of 64 rows, those of tcgen05.
             if precision(x.dtype) == "ieee":
                 return Tile(64, 32, 0, 32, 8, 3) if grad else Tile(32, 64, 0, 32, 8, 3)
-            return Tile(64, 64, 0, 32, 8, 2)
+            return Tile(64, 32 if kind == "sm120" and with_stats else 64, 0, 32, 8, 2)
         # Three stages of fp64 do not fit 100 KiB.
-        return Tile(64, 64, 0, 32, 8, 3 if x.element_size() == 4 else 1)
+        return Tile(64, 64, 0, 32, 8, 1 if x.element_size() == 8 else 2 if kind == "gfx9" else 3)
     num_stages = 2 if kind == "gfx9" else 3
     mixed = factor.dtype != x.dtype
     # Three terms of the factor beside 256 columns spill on AMD chips, of dF on tcgen05 and, at 64 rows, on wgmma.
@@ -86,12 +86,12 @@ def _skinny_tile(
     if not mixed:
         if with_ds:
             # Wide, because each block of columns leaves partial sums of ds.
-            return Tile(64, 256, 0, 32, 8, num_stages)
+            return Tile(64, 128 if kind == "gfx9" else 256, 0, 32, 8, num_stages)
         if grad and x.shape[1] <= _NARROW and factor.shape[1] <= 64:
             return Tile(64, 64, 0, 64, 4 if kind == "sm90" else 8, num_stages)
         # Of fp16, sm_80 spills beside 128 ranks and sm_100 with three stages of dF.
         rank, half = factor.shape[1], x.dtype is torch.float16
-        narrow = kind in ("sm86", "sm120") or (kind == "sm80" and half)
+        narrow = kind in ("sm86", "sm120") or (kind in ("sm80", "gfx9") and half)
         stages = 2 if kind == "sm100" and half and grad and rank > 16 else num_stages
         return Tile(64, 128, 0, 64 if narrow else 128, 8, stages)
     # Three terms of the factor are alive at once; without wgmma each warp holds them all in registers.
