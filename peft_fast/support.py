@@ -117,13 +117,8 @@ def choose_plan(x: Tensor, backend: str) -> str:
     return "split"
 
 
-@torch.compiler.assume_constant_result  # asked by graphs that torch.func transforms
-def _runs_triton(device: torch.device) -> bool:
-    return _is_triton_device(device)
-
-
 @functools.cache
-def _is_triton_device(device: torch.device) -> bool:
+def _runs_triton(device: torch.device) -> bool:
     return (
         device.type == "cuda"
         and torch.version.hip is None
@@ -142,7 +137,6 @@ def _find_triton() -> bool:
 _HAS_TRITON = _find_triton()  # once, at import: torch 2.11 cannot trace the question
 
 
-@torch.compiler.assume_constant_result
 def _interprets_triton() -> bool:
     if not _HAS_TRITON:
         return False

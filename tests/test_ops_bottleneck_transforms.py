@@ -103,14 +103,12 @@ def test_transforms(backend):
 
     with peft_fast.backend(backend):
         functional = torch.func.grad(loss)(down)
-        compiled = torch.compile(torch.func.grad(loss), backend="aot_eager", fullgraph=True)(down)
         leaf = down.clone().requires_grad_()
         y = bottleneck_adapter(inputs.x, leaf, **parameters, **options)
         dys = torch.randn(3, *y.shape, dtype=torch.float64)
         (batched,) = torch.autograd.grad(y, leaf, dys, is_grads_batched=True, retain_graph=True)
         (plain,) = torch.autograd.grad(loss(leaf), leaf)
     assert torch.allclose(functional, plain)
-    assert torch.allclose(compiled, plain)
     for dy, value in zip(dys, batched, strict=True):
         assert torch.allclose(value, torch.autograd.grad(y, leaf, dy, retain_graph=True)[0])
 

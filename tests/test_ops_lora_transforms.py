@@ -74,14 +74,11 @@ def test_functorch(backend):
         return (y * inputs.dy).sum()
 
     with peft_fast.backend(backend):
-        gradients = torch.func.grad(loss, argnums=(0, 1))
-        da, db = gradients(inputs.lora_a, inputs.lora_b)
-        compiled = torch.compile(gradients, backend="aot_eager", fullgraph=True)(inputs.lora_a, inputs.lora_b)
+        da, db = torch.func.grad(loss, argnums=(0, 1))(inputs.lora_a, inputs.lora_b)
         a, b = (tensor.clone().requires_grad_() for tensor in (inputs.lora_a, inputs.lora_b))
         expected = torch.autograd.grad(loss(a, b), (a, b))
-    for value, of_compiled, true_value in zip((da, db), compiled, expected, strict=True):
-        assert torch.allclose(value, true_value)
-        assert torch.allclose(of_compiled, true_value)
+    assert torch.allclose(da, expected[0])
+    assert torch.allclose(db, expected[1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

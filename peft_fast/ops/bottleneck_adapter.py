@@ -398,6 +398,6 @@ def _apply(x, residual, parameters, scaling, activation, dropout_p, seed, residu
         plan = support.choose_plan(x, backend)
         function = _NormOfSum if plan == "eager" and _is_norm_of_sum(tensors, options) else _BottleneckAdapter
         return function.apply(options, plan, False, *tensors)
-    if support.in_transform():
+    if not torch.compiler.is_compiling() and support.in_transform():
         return by_reference(tensors, options, support.choose_plan(x, backend))
     return torch.ops.peft_fast.bottleneck_adapter(*_with_scaling(tensors), *options, backend)

@@ -331,7 +331,7 @@ def apply_lora_linear(
     if support.runs_plainly(x):
         plan = _choose_plan(x, weight, lora_a, threshold, backend, measure=True)
         return _LoraLinear.apply(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan, False)
-    if support.in_transform():
+    if not torch.compiler.is_compiling() and support.in_transform():
         plan = support.choose_plan(x, backend)
         return _differentiable(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan)
     return torch.ops.peft_fast.lora_linear(

@@ -367,7 +367,7 @@ def apply_prefix_attention(
     options = Options(threshold, seed if threshold else None, is_causal, sliding_window, softcap, scale)
     if support.runs_plainly(query):
         return _PrefixAttention.apply(options, _choose_plan(tensors, options, backend), False, *tensors)
-    if support.in_transform():
+    if not torch.compiler.is_compiling() and support.in_transform():
         return _differentiable(tensors, options, _choose_plan(tensors, options, backend))
     return torch.ops.peft_fast.prefix_attention(*tensors, *options, backend)
 
