@@ -1,5 +1,6 @@
 """Prefix attention by torch's fused attention for CPUs, in blocks of rows, against the reference."""
 
+import functools
 import itertools
 import math
 
@@ -96,6 +97,7 @@ def apart(monkeypatch):
     """A call for each sequence that sees other keys than the one before."""
     monkeypatch.setattr(flash, "APART_ROWS", 0)
     monkeypatch.setattr(flash, "CALL_LOGITS", 0)
+    monkeypatch.setattr(flash, "_threads", lambda: 1)
 
 
 def padded(T: int, ranges: list[tuple[int, int]]) -> torch.Tensor:
@@ -134,6 +136,7 @@ def test_sequences_are_joined_where_that_costs_less(monkeypatch):
         sequences = (torch.zeros(5, dtype=torch.int32), torch.tensor(ends, dtype=torch.int32))
         return [(g.stop - g.start, k.stop) for g, k in flash.sequence_groups(query, 128, Seen(None, sequences), blocks)]
 
+    monkeypatch.setattr(flash, "_threads", lambda: 4)
     monkeypatch.setattr(flash, "CALL_LOGITS", 4 * 1024 * 8)
     assert groups() == [(2, 104), (1, 60), (2, 128)]
     assert groups(blocks=8) == [(3, 104), (2, 128)]
@@ -310,7 +313,9 @@ def long_padding(Z: int = 4, T: int = 512) -> torch.Tensor:
     return padded(T, [(0, T - 100 * i) for i in range(Z)])
 
 
-def test_what_padding_is_worth_leaving_out():
+def test_what_padding_is_worth_leaving_out(monkeypatch):
+    monkeypatch.setattr(flash, "_threads", lambda: 2)
+
     def runs_ours(mask, S=512):
         inputs = prefix_attention_inputs(4, 8, 8, S, mask.shape[-1], 4, 16)
         y = prefix_attention(**{name: leaf.requires_grad_() for name, leaf in inputs.leaves().items()}, attn_mask=mask)
@@ -322,6 +327,7 @@ def test_what_padding_is_worth_leaving_out():
     assert runs_ours(padded(384, [(0, 128), (0, 128), (3, 128), (0, 99)]), S=192), (
         "padded to one length for all batches"
     )
+    assert not runs_ours(padded(384, [(0, 310)]), S=192), "a fifth of a short call"
     assert not runs_ours(padded(256, [(0, 99)]), S=128), "a small call"
 
 
@@ -350,7 +356,8 @@ def test_the_layout_is_that_of_the_fake_kernel(apart, mask, lay_out):
     torch.library.opcheck(torch.ops.peft_fast.prefix_attention_fwd, (*tensors, mask, None, *options, "flash"))
 
 
-def test_a_repetition_by_other_threads_chooses_alike(one_thread):
+def test_a_repetition_by_other_threads_chooses_alike(one_thread, monkeypatch):
+    monkeypatch.setattr(flash, "_threads", functools.cache(flash._threads.__wrapped__))
     inputs = prefix_attention_inputs(4, 8, 8, 512, 512, 4, 16)
     leaves = [leaf.requires_grad_() for leaf in inputs.leaves().values()]
     y = checkpoint(lambda *args: prefix_attention(*args, attn_mask=long_padding()), *leaves, use_reentrant=False)
