@@ -1,7 +1,7 @@
 """What the kernels compile to for each chip: registers, spills, memory, occupancy, tensor cores, width of loads.
 
 Needs no device. `python -m benchmarks.codegen` compiles each kernel as every call of `_calls` launches it, for every
-chip; that took 73 minutes on two cores beside other work, and with Triton's cache takes about a third of that.
+chip; that took 73 minutes on two cores beside other work, and takes less where Triton's cache has them.
 """
 
 import argparse

@@ -19,9 +19,10 @@ _TENSORS = (
 )
 _OPTIONS = "int threshold, Tensor? seed, bool is_causal, int? sliding_window, float? softcap, float scale"
 
-# What blocks of rows attend to at most, of all keys: they copy y and the gradients, and make the joint keys twice, which
-# is more beside a short call: on an Intel Emerald Rapids, 128 tokens with 0.81 of the keys took 1.04 to 1.07 of the usual
-# call's time, with 0.60 of them 0.80. From so many logits on, a look at the mask, 0.1 ms, costs little beside the call.
+# What blocks of rows attend to at most, of all keys: they copy y and the gradients, and make the joint keys twice,
+# which is more beside a short call: on an Intel Emerald Rapids, 128 tokens with 0.81 of the keys took 1.04 to 1.07 of
+# the usual call's time, with 0.60 of them 0.80. From so many logits on, a look at the mask, 0.1 ms, costs little beside
+# the call.
 MOST_ATTENDED, SHORT_MOST_ATTENDED = 0.85, 0.7
 LOOK_LOGITS = 1 << 21
 
