@@ -6,6 +6,14 @@ import math
 
 import pytest
 import torch
+from prefix_calls import (
+    MASKS,
+    RULES,
+    additive,
+    boolean_mask,
+    forward_backward,
+    wide,
+)
 from torch.utils.checkpoint import checkpoint
 
 import peft_fast
@@ -17,14 +25,6 @@ from peft_fast.eager.prefix_attention import Options, Seen, seen_keys
 from peft_fast.ops import prefix_attention
 from peft_fast.ops.prefix_attention import _as_usual
 from peft_fast.testing import assert_within_budget, prefix_attention_inputs, saved_bytes
-from tests.test_ops_prefix_attention import (
-    MASKS,
-    RULES,
-    additive,
-    boolean_mask,
-    forward_backward,
-    wide,
-)
 
 
 @pytest.fixture

@@ -3,98 +3,34 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from prefix_calls import (
+    MASKS,
+    RULES,
+    SEED,
+    additive,
+    assert_op_within_budget,
+    boolean_mask,
+    forward_backward,
+    wide,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peft_fast
 from op_dtypes import DTYPES
 from peft_fast import reference, support
-from peft_fast.eager import prefix_attention as eager_form
 from peft_fast.ops import prefix_attention
 from peft_fast.ops.prefix_attention import _is_small
 from peft_fast.testing import (
     PrefixAttentionInputs,
     assert_within_budget,
-    error_budget,
-    largest_error,
     prefix_attention_inputs,
 )
 
 BACKENDS = ["eager", "triton"]
-SEED = 29
-
-
-def keep_mask(backend: str, inputs: PrefixAttentionInputs, dropout_p: float, **options) -> torch.Tensor | None:
-    if not dropout_p:
-        return None
-    call = {"attn_mask": None, "is_causal": False, "sliding_window": None, "softcap": None, "scale": None} | options
-    attn_mask = call.pop("attn_mask")
-    call["scale"] = call["scale"] or inputs.query.shape[-1] ** -0.5
-    tensors = [inputs.query, inputs.key, inputs.value, inputs.prefix_key, inputs.prefix_value, attn_mask, inputs.gate]
-    names = ("is_causal", "sliding_window", "softcap", "scale")
-    rules = [reference.drop_threshold(dropout_p), torch.tensor([SEED]), *(call[name] for name in names)]
-    plan = "eager" if backend == "eager" else "split"
-    return torch.ops.peft_fast.attention_dropout_mask(*tensors, *rules, plan)
-
-
-def forward_backward(op, inputs: PrefixAttentionInputs, **options) -> dict[str, torch.Tensor]:
-    """y and the gradient of every tensor of the call, by name."""
-    leaves = {name: leaf.detach().requires_grad_() for name, leaf in inputs.leaves().items()}
-    mask = options.get("attn_mask")
-    y = op(**leaves, **options)
-    if mask is not None and mask.requires_grad:
-        leaves["attn_mask"] = mask
-    return {"y": y.detach()} | dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), inputs.dy), strict=True))
-
-
-def wide(options: dict) -> dict:
-    """The options for a reference in float64."""
-    mask = options.get("attn_mask")
-    if mask is None or mask.dtype == torch.bool:
-        return options
-    return options | {"attn_mask": mask.detach().double().requires_grad_(mask.requires_grad)}
-
-
-def assert_op_within_budget(
-    backend: str,
-    *calls: PrefixAttentionInputs,
-    dropout_p: float = 0.0,
-    draw: Callable[[int], PrefixAttentionInputs] | None = None,
-    **options,
-) -> None:
-    """Every result of the calls, taken together, within the error budget.
-
-    `draw` gives calls of other seeds. What exceeds the budget in these is held to it in 100 more, ours and eager's: the
-    largest error of few calls is that of a single row, in which one of the two may have been lucky.
-    """
-
-    def results_of(inputs: PrefixAttentionInputs) -> tuple[dict[str, torch.Tensor], ...]:
-        with peft_fast.backend(backend):
-            seed = torch.tensor([SEED])
-            actual = forward_backward(prefix_attention, inputs, dropout_p=dropout_p, seed=seed, **options)
-        dropout = {"dropout_p": dropout_p, "keep_mask": keep_mask(backend, inputs, dropout_p, **options)}
-        expected = forward_backward(reference.prefix_attention, inputs, **dropout, **options)
-        truth = forward_backward(reference.prefix_attention, inputs.to(torch.float64), **dropout, **wide(options))
-        assert actual.keys() == truth.keys()
-        assert all(actual[name].shape == truth[name].shape for name in truth)
-        return actual, truth, expected
-
-    def joined(results: list[tuple[dict[str, torch.Tensor], ...]], name: str) -> list[torch.Tensor]:
-        return [torch.cat([result[name].flatten() for result in kind]) for kind in zip(*results, strict=True)]
-
-    results, more = [results_of(inputs) for inputs in calls], []
-    (Z, H, S, _), T, P = calls[0].query.shape, calls[0].key.shape[2], calls[0].prefix_key.shape[1]
-    length = max(T + P, Z * H * S)
-    for name in results[0][1]:
-        values = joined(results, name)
-        if draw and largest_error(*values[:2]) > error_budget(*values[1:], length):
-            more = more or [results_of(draw(seed)) for seed in range(len(calls), len(calls) + 100)]
-            values = joined(results + more, name)
-        assert_within_budget(*values, length=length, name=name)
 
 
 LENGTHS = list(itertools.product([1, 7, 64, 130], repeat=2))
@@ -117,37 +53,6 @@ def test_sizes(dtype, prefix_dtype, P, DH, group):
         shape = (2, group, 1, S, T, P, DH)
         draw = functools.partial(_seeded, shape, dtype=dtype, prefix_dtype=prefix_dtype)
         assert_op_within_budget("eager", *map(draw, range(seeds)), draw=draw, is_causal=bool(j % 2))
-
-
-def boolean_mask(Z: int, S: int, T: int) -> torch.Tensor:
-    """(Z, 1, S, T) with whole rows, and the last keys of all of them, masked."""
-    mask = torch.rand(Z, 1, S, T, generator=torch.Generator().manual_seed(3)) > 0.4
-    mask[0, :, : S // 4] = False
-    mask[..., -3:] = False
-    return mask
-
-
-def additive(mask: torch.Tensor, dtype: torch.dtype, least: float) -> torch.Tensor:
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, least)
-
-
-RULES = {
-    "causal": {"is_causal": True},
-    "window": {"sliding_window": 9},
-    "causal-window": {"is_causal": True, "sliding_window": 9},
-    "softcap": {"softcap": 1.5},
-    "scale": {"scale": 0.3, "is_causal": True},
-}
-MASKS = {
-    "none": lambda dtype: None,
-    "bool": lambda dtype: boolean_mask(2, 66, 86),
-    "padding": lambda dtype: torch.arange(86) < torch.tensor([[86], [57]])[:, None, None],
-    "all-masked": lambda dtype: torch.zeros(2, 1, 1, 86, dtype=torch.bool),
-    "infinite": lambda dtype: additive(boolean_mask(2, 66, 86), dtype, -math.inf),
-    "least": lambda dtype: additive(boolean_mask(2, 66, 86), dtype, torch.finfo(dtype).min),
-    "bias": lambda dtype: torch.randn(1, 4, 66, 86, generator=torch.Generator().manual_seed(4)).to(dtype),
-    "row": lambda dtype: torch.randn(86, generator=torch.Generator().manual_seed(5)).to(dtype),
-}
 
 
 @pytest.mark.parametrize("gate", [False, True], ids=["joint", "gate"])
@@ -198,79 +103,6 @@ def test_the_gradient_of_an_expanded_bias():
             y = op(**inputs.leaves(), attn_mask=bias.expand(2, 1, 7, 9))
         grads.append(torch.autograd.grad(y, bias, inputs.dy)[0])
     torch.testing.assert_close(*grads)
-
-
-def test_the_mask_of_dropout_is_that_of_the_seed_however_attn_mask_lies_in_memory():
-    """Hooks that keep copies give backward a dense one."""
-    inputs = prefix_attention_inputs(2, 4, 4, 200, 200, 3, 16)
-    mask = (torch.arange(200) < torch.tensor([[150], [180]]))[:, None, None].expand(2, 1, 200, 200)
-    strided, dense = (keep_mask("eager", inputs, 0.3, attn_mask=m) for m in (mask, mask.contiguous()))
-    assert torch.equal(strided, dense)
-    leaves = {name: leaf.requires_grad_() for name, leaf in inputs.leaves().items()}
-    grads = []
-    for pack in (lambda x: x, torch.clone):
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            y = prefix_attention(**leaves, attn_mask=mask, dropout_p=0.3, seed=torch.tensor([SEED]))
-        grads.append(torch.autograd.grad(y, list(leaves.values()), inputs.dy))
-    assert all(map(torch.equal, *grads))
-
-
-def test_small_chunks_are_the_same_call(monkeypatch):
-    """Many heads, sequences and blocks of rows a chunk, or one of each."""
-    inputs = prefix_attention_inputs(3, 8, 4, 70, 70, 5, 16)
-    for limit in (1 << 20, 1 << 14, 1 << 12, 1 << 8, 1):
-        monkeypatch.setattr(eager_form, "CPU_LOGITS", limit)
-        assert_op_within_budget("eager", inputs, dropout_p=0.2, attn_mask=boolean_mask(3, 70, 70))
-        assert_op_within_budget("eager", inputs, dropout_p=0.2, is_causal=True)
-
-
-def test_the_mask_is_that_of_the_seed_whatever_the_number_of_threads(one_thread, monkeypatch):
-    monkeypatch.setattr(eager_form, "CPU_LOGITS", 1 << 13)  # four sequences, which three threads do not share evenly
-    inputs = prefix_attention_inputs(7, 1, 1, 40, 40, 5, 16)
-    masks = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        masks.append(keep_mask("eager", inputs, 0.2))
-    assert torch.equal(masks[0], masks[1])
-    assert torch.equal(masks[0], masks[2])
-
-
-def test_keys_that_nobody_sees_are_not_multiplied():
-    """Of a causal mask, flag or tensor, half of the logits are made."""
-    inputs = prefix_attention_inputs(1, 1, 1, 1024, 1024, 16, 16)
-    tensors = [inputs.query, inputs.key, inputs.value, inputs.prefix_key, inputs.prefix_value]
-    dense = torch.ones(1024, 1024, dtype=torch.bool).tril()
-
-    def logits(mask: torch.Tensor | None, is_causal: bool) -> int:
-        options = eager_form.Options(0, None, is_causal, None, None, 0.25)
-        call = eager_form._Call([*tensors, mask, None], options)
-        return sum(math.prod(call.shape(chunk, chunk.keys.stop)) for chunk, _ in call.chunks())
-
-    flag = logits(None, True)
-    assert flag == logits(dense, False) == logits(additive(dense, torch.float32, -math.inf), False)
-    assert flag == logits(additive(dense, torch.float32, torch.finfo(torch.float32).min), False)
-    assert flag == 1024 * 1024 * 9 // 16
-    assert logits(None, False) == 1024 * 1024
-
-
-def test_padding_is_not_multiplied(monkeypatch):
-    """By chunks of few sequences, each with the range of keys that one of them sees."""
-    inputs = prefix_attention_inputs(5, 4, 2, 60, 70, 5, 16)
-    keys = torch.arange(70)
-    ranges = [(0, 30), (5, 40), (0, 0), (20, 70), (0, 70)]
-    padded = torch.stack([(keys >= first) & (keys < last) for first, last in ranges])[:, None, None]
-    monkeypatch.setattr(eager_form, "CPU_LOGITS", 60 * 75 * 4 * 2)  # of two sequences
-    tensors = [inputs.query, inputs.key, inputs.value, inputs.prefix_key, inputs.prefix_value, padded, None]
-    chunks = list(eager_form._Call(tensors, eager_form.Options(0, None, False, None, None, 0.25)).chunks())
-    found = [(chunk.heads, chunk.batch, chunk.keys) for chunk, _ in chunks]
-    both = slice(0, 2)
-    assert found == [(both, both, slice(0, 40)), (both, slice(2, 4), slice(20, 70)), (both, slice(4, 5), slice(0, 70))]
-    for options in ({}, {"is_causal": True}, {"softcap": 1.5}):
-        for mask in (padded, additive(padded, torch.float32, torch.finfo(torch.float32).min)):
-            assert_op_within_budget("eager", inputs, dropout_p=0.2, attn_mask=mask, **options)
-            assert_op_within_budget("eager", inputs, attn_mask=mask, **options)
-    gated = prefix_attention_inputs(5, 4, 2, 60, 70, 5, 16, gate=True)
-    assert_op_within_budget("eager", gated, dropout_p=0.2, attn_mask=padded)
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"sliding_window": 3}], ids=str)
