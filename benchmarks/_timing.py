@@ -23,29 +23,30 @@ class Turns:
 
     Each round has an order of its own, drawn from a seed: what a variant leaves in caches and allocator meets all
     others alike, and each runs as often after itself. A turn lasts at least 5 ms: what takes microseconds would else be
-    timed with the Python of another variant in the caches, stock's with that of patched, which calls it.
+    timed with the Python of another variant in the caches, stock's with that of patched, which calls it. All take as
+    many runs a turn, since the first finds the caches cold.
     """
 
     def __init__(self, variants: dict[str, Callable[[], None]]) -> None:
         self.variants = dict(variants)
         self.seconds: dict[str, list[float]] = {name: [] for name in variants}
-        self.repeats: dict[str, int] = {}
+        self.repeats = 1
         self.draw = random.Random(0)
         _warm_allocator()
         for name, run in variants.items():  # compile, and warm the caches
             for _ in range(3):
                 start = time.perf_counter()
                 run()
-            self.repeats[name] = max(1, round(LEAST_SECONDS / (time.perf_counter() - start)))
+            self.repeats = max(self.repeats, round(LEAST_SECONDS / (time.perf_counter() - start)))
 
     def round(self) -> None:
         order = list(self.variants.items())
         self.draw.shuffle(order)
         for name, run in order:
             start = time.perf_counter()
-            for _ in range(self.repeats[name]):
+            for _ in range(self.repeats):
                 run()
-            self.seconds[name].append((time.perf_counter() - start) / self.repeats[name])
+            self.seconds[name].append((time.perf_counter() - start) / self.repeats)
 
     def measure(self, seconds: float) -> dict[str, float]:
         """Medians after at least so many seconds and nine rounds."""
