@@ -74,10 +74,10 @@ def draw_seed(device: torch.device) -> Tensor:
 
 @functools.cache
 def draws_one_by_one() -> bool:
-    """Whether this CPU's `F.dropout` takes a number from torch's generator for each element.
+    """Whether this torch's `F.dropout` takes a number from its generator for each element on the CPU.
 
-    On CPUs that torch knows to be Intel's it takes one seed for MKL instead, which draws in parallel; in some virtual
-    machines it does not know.
+    Older builds took one seed of 32 bits for MKL instead on Intel's CPUs, which draws in parallel; torch turned that
+    off since the numbers repeated (its issue 132395), and may come back to it.
     """
     few, many = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
     torch.empty(1, device="cpu").bernoulli_(0.5, generator=few)
@@ -132,7 +132,7 @@ def dropped_pieces(seed: Tensor, shapes: Iterable[Sequence[int]], threshold: int
         n = math.prod(shape)
         if level:
             keep = stream.random_raw((n + 7) // 8).view(np.int8)[:n]
-            torch.from_numpy(keep).ge_(level - 128)
+            np.greater_equal(keep, np.int8(level - 128), out=keep.view(np.bool_))
         else:
             keep = np.ones(n, np.int8)
         keep[_points(stream, generator, points_per_element, n)] = 0
