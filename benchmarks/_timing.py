@@ -33,7 +33,7 @@ class Turns:
         self.repeats = 1
         self.draw = random.Random(0)
         _warm_allocator()
-        for name, run in variants.items():  # compile, and warm the caches
+        for run in variants.values():  # compile, and warm the caches
             for _ in range(3):
                 start = time.perf_counter()
                 run()
