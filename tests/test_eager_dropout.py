@@ -1,5 +1,7 @@
 """The masks of the eager backend: every rate, and the same mask wherever it is made again."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -105,3 +107,64 @@ def test_seeds_come_from_torchs_generator():
     torch.manual_seed(1)
     assert [eager.draw_seed(torch.device("cpu")).item() for _ in range(2)] == first
     assert first[0] != first[1]
+
+
+def pieces(seed, shapes, threshold):
+    return list(dropout.dropped_pieces(torch.tensor([seed]), shapes, threshold))
+
+
+@RATES
+def test_masks_that_take_turns_in_one_memory(p):
+    shapes = [(30, 40), (20, 70), (30, 40)]
+    threshold = reference.drop_threshold(p)
+    held = pieces(1, shapes, threshold)
+    alone = [piece.masked(torch.ones(shape)).clone() for piece, shape in zip(held, shapes, strict=True)]
+    for order in ((0, 1, 2), (2, 0, 1), (1, 1, 0)):
+        for i in order:
+            for dtype in (torch.float32, torch.bfloat16, torch.float32):
+                x = torch.ones(shapes[i], dtype=dtype)
+                assert torch.equal(held[i].masked(x).float(), alone[i])
+                held[i].mask_(x)
+                assert torch.equal(x.float(), alone[i])
+    assert not torch.equal(alone[0], alone[2])
+
+
+def test_a_mask_is_not_what_masked_gives():
+    piece, other = pieces(1, [(64, 64), (64, 64)], reference.drop_threshold(0.3))
+    x = torch.ones(64, 64)
+    first = piece.masked(x)
+    before = first.clone()
+    other.mask_(x)
+    assert torch.equal(first, before)
+
+
+def test_threads_have_memory_of_their_own():
+    shape, threshold = (256, 256), reference.drop_threshold(0.3)
+
+    def work(seed):
+        (piece,) = pieces(seed, [shape], threshold)
+        first = piece.masked(torch.ones(shape))
+        return all(torch.equal(piece.masked(torch.ones(shape)), first) for _ in range(50))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(64)))
+
+
+def test_memory_made_in_inference_mode_serves_everywhere(monkeypatch):
+    monkeypatch.setattr(dropout, "_thread", dropout._Thread())
+    (piece,) = pieces(1, [(8, 8)], reference.drop_threshold(0.3))
+    with torch.inference_mode():
+        first = piece.masked(torch.ones(8, 8)).clone()
+    (again,) = pieces(1, [(8, 8)], reference.drop_threshold(0.3))
+    assert torch.equal(again.masked(torch.ones(8, 8)), first)
+
+
+def test_a_large_mask_is_not_kept(monkeypatch):
+    monkeypatch.setattr(dropout, "_thread", dropout._Thread())
+    monkeypatch.setattr(dropout, "BLOCK_ELEMENTS", 64)
+    monkeypatch.setattr(dropout, "MOST_KEPT_ELEMENTS", 128)
+    small, large = pieces(1, [(10, 10), (20, 20)], reference.drop_threshold(0.3))
+    large.masked(torch.ones(20, 20))
+    assert not dropout._thread.memory
+    small.masked(torch.ones(10, 10))
+    assert dropout._thread.memory[torch.float32].numel() == 100

@@ -454,8 +454,5 @@ def test_passes_over_the_activations(dropout_p):
     # Forward s, y; backward dB, ds, dA, dx: eight products, of which two small ones do not read an activation.
     products = sum(counts.pop(name, 0) for name in matmuls)
     assert products == 6
-    # The bias is copied into y as F.linear does. Dropout casts a mask twice, and masks x twice and dx once; where it
-    # drops more than a few elements, their bytes are compared too.
-    masked = {"copy_": 3, "mul": 2, "mul_": 1}
-    expected = {0.0: {"copy_": 1}, 0.03: masked, 0.1: masked | {"ge_": 2}}
-    assert counts == expected[dropout_p]
+    # The bias is copied into y as F.linear does. Dropout casts a mask twice, and masks x twice and dx once.
+    assert counts == ({"copy_": 3, "mul": 2, "mul_": 1} if dropout_p else {"copy_": 1})

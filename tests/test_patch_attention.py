@@ -1,6 +1,7 @@
 """Attention dropout of the base model: on the CPU, patched attention modules draw their masks from a seed."""
 
 import copy
+import math
 import pickle
 import warnings
 from contextlib import nullcontext
@@ -173,7 +174,9 @@ def nothing_dropped(monkeypatch):
     monkeypatch.setattr(
         eager.attention_dropout,
         "dropped_blocks",
-        lambda seed, shape, threshold: [(slice(None), eager.dropout.Dropped(torch.ones(shape, dtype=torch.int8)))],
+        lambda seed, shape, threshold: [
+            (slice(None), eager.dropout.Dropped(torch.ones(math.prod(shape), dtype=torch.int8)))
+        ],
     )
     monkeypatch.setattr(eager.attention_dropout, "keep_scale", lambda threshold: 1.0)
 

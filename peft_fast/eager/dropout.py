@@ -26,35 +26,65 @@ from peft_fast.reference import keep_scale
 
 # One block of fp32 activations stays in the cache while it is masked and multiplied.
 BLOCK_ELEMENTS = 1 << 20
+MOST_KEPT_ELEMENTS = 2 * BLOCK_ELEMENTS
 POINTS_PIECE = 1 << 20
 BYTES_FROM = 1 << 12  # of 2^16: bytes, of a fixed cost, then cost less than points
 
-_thread = threading.local()
+
+class _Thread(threading.local):
+    """What each thread keeps: its generator, and memory for masks of each type."""
+
+    def __init__(self) -> None:
+        self.stream = np.random.SFC64()
+        self.generator = np.random.Generator(self.stream)
+        self.state = self.stream.state
+        self.memory: dict[torch.dtype, Tensor] = {}
+        self.turn = 0
+
+
+_thread = _Thread()
 
 
 class Dropped:
-    """What is dropped of one block of rows: where `keep`, a byte for each element, is 0 and not 1."""
+    """What is dropped of one block of rows: where `keep`, (n,) bytes for its n elements, is 0 and not 1."""
 
-    __slots__ = ("keep",)
+    __slots__ = ("keep", "mask", "turn")
+    mask: Tensor
 
     def __init__(self, keep: Tensor) -> None:
         self.keep = keep
+        self.turn = 0
 
     def masked(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """mask ∘ x, contiguous and new, or in `out`."""
-        return torch.mul(self._keep(x), x, out=out)
+        return torch.mul(self._mask(x), x, out=out)
 
     def mask_(self, x: Tensor) -> None:
         """x = mask ∘ x in place; x contiguous."""
-        x.mul_(self._keep(x))
+        x.mul_(self._mask(x))
 
-    def _keep(self, x: Tensor) -> Tensor:
+    def _mask(self, x: Tensor) -> Tensor:
         """`keep` in x's type: multiplying by booleans costs three times as much, and bytes are cast in a seventh of
         their time.
+
+        It lies where this thread's last mask lay, and is made anew should that have become another's since.
         """
-        if self.keep.dtype is not x.dtype:
-            self.keep = self.keep.view(x.shape).to(x.device).to(x.dtype)
-        return self.keep
+        if not self.turn or self.turn != _thread.turn or self.mask.dtype is not x.dtype:
+            self.mask = _memory_of(x).copy_(self.keep).view(x.shape)
+            self.turn = _thread.turn = _thread.turn + 1
+        return self.mask
+
+
+def _memory_of(x: Tensor) -> Tensor:
+    """Memory for x's elements in x's type, where this thread's last mask lay: new memory is not in the caches."""
+    n = x.numel()
+    if n > MOST_KEPT_ELEMENTS or not x.is_cpu:
+        return torch.empty(n, dtype=x.dtype, device=x.device)
+    kept = _thread.memory.get(x.dtype)
+    if kept is None or len(kept) < n:
+        with torch.inference_mode(False):  # its tensors cannot be written to elsewhere
+            kept = _thread.memory[x.dtype] = torch.empty(max(n, BLOCK_ELEMENTS), dtype=x.dtype, device="cpu")
+    return kept[:n]
 
 
 class Mask:
@@ -171,11 +201,7 @@ def _points(stream: np.random.SFC64, generator: np.random.Generator, density: fl
 def _seeded(seed: Tensor) -> tuple[np.random.SFC64, np.random.Generator]:
     """This thread's generator, set to `seed`; setting the state takes half the time of making a generator."""
     value = int(seed.item()) & 0xFFFFFFFFFFFFFFFF
-    stream = getattr(_thread, "stream", None)
-    if stream is None:
-        stream = _thread.stream = np.random.SFC64()
-        _thread.generator = np.random.Generator(stream)
-        _thread.state = stream.state
+    stream = _thread.stream
     _thread.state["state"]["state"][:] = (value, value, value, 1)
     stream.state = _thread.state
     stream.random_raw(12, output=False)  # the generator's own seeding rule: mix for 12 rounds
