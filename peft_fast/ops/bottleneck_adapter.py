@@ -272,8 +272,11 @@ def _backward(ctx, dy, tensors, options, saved):
 @torch.library.impl(LIBRARY, "bottleneck_adapter", "Autograd")
 def _autograd(*args):
     n = len(INPUTS)
-    *options, backend = args[n:]
-    return _BottleneckAdapter.apply(Options(*options), support.choose_plan(args[0], backend), True, *args[:n])
+    *values, backend = args[n:]
+    options, plan = Options(*values), support.choose_plan(args[0], backend)
+    if support.in_transform():  # one inside of what is being compiled
+        return by_reference(args[:n], options, plan)
+    return _BottleneckAdapter.apply(options, plan, True, *args[:n])
 
 
 @torch.library.impl(LIBRARY, "bottleneck_adapter", "CompositeExplicitAutograd")

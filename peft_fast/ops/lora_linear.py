@@ -254,6 +254,8 @@ def _differentiable(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, p
 @torch.library.impl(LIBRARY, "lora_linear", "Autograd")
 def _lora_linear_autograd(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, backend):
     plan = _choose_plan(x, weight, lora_a, threshold, backend)
+    if support.in_transform():  # one inside of what is being compiled, which only here can be asked for
+        return _differentiable(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan)
     return _LoraLinear.apply(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan, True)
 
 

@@ -256,7 +256,10 @@ def _autograd(*args):
     n = len(INPUTS)
     *values, backend = args[n:]
     options = Options(*values)
-    return _PrefixAttention.apply(options, _choose_plan(args[:n], options, backend), True, *args[:n])
+    plan = _choose_plan(args[:n], options, backend)
+    if support.in_transform():  # one inside of what is being compiled
+        return _differentiable(args[:n], options, plan)
+    return _PrefixAttention.apply(options, plan, True, *args[:n])
 
 
 @torch.library.impl(LIBRARY, "prefix_attention", "CompositeExplicitAutograd")
