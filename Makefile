@@ -47,7 +47,8 @@ bench-check: bench-assets  ## hold the timings to their bars; needs an idle mach
 GPU_PYTHON ?= python3
 
 test-gpu:  ## every kernel test on the CUDA GPU, with GPU_PYTHON's torch and triton
-	PYTHONPATH=. $(GPU_PYTHON) -m pytest tests/test_kernels_*.py tests/test_cuda.py -n auto -q -o filterwarnings=default
+	@$(GPU_PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('torch finds no CUDA GPU here')"
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest tests/test_kernels_*.py tests/test_cuda.py -n auto -v -o filterwarnings=default
 
 bench-gpu:  ## layers and whole models timed on the CUDA GPU, into benchmarks/results
 	PYTHONPATH=. $(GPU_PYTHON) -W ignore -m benchmarks.bench_gpu $(ARGS)

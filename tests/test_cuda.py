@@ -100,6 +100,8 @@ def tuned(monkeypatch, tmp_path):
     monkeypatch.setenv("PEFT_FAST_CACHE", str(tmp_path))
     monkeypatch.delenv("PEFT_FAST_TUNE")
     monkeypatch.setattr(tuning, "_choices", {})
+    monkeypatch.setattr(tuning, "_waiting", {})
+    monkeypatch.setattr(tuning_file, "_read", {})
 
 
 def test_tuning_leaves_no_trace_and_keeps_what_it_found(monkeypatch, tuned):
@@ -144,7 +146,11 @@ def test_every_plan_gives_the_same_result(plan):
 
 def test_nothing_is_measured_in_a_capture(monkeypatch, tuned):
     inputs = cuda_inputs()
-    step(inputs)  # loads what a capture must not load
+    step(inputs)  # loads what a capture must not load, and the plan of the table
+    monkeypatch.setattr(tuning, "_choices", {})
+    with monkeypatch.context() as untuned:
+        untuned.setenv("PEFT_FAST_TUNE", "0")
+        step(inputs)
     monkeypatch.setattr(tuning, "_choices", {})
     monkeypatch.setattr(tuning_file, "results", lambda about: {})
     trials = []

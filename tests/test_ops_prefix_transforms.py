@@ -62,6 +62,8 @@ def test_opcheck(backend, options, layout):
     leaves = inputs.leaves()
     if layout == "cached":
         leaves |= {name: leaves[name].contiguous() for name in ("key", "value")}
+        # As a reparametrised prefix is, not dense.
+        leaves |= {name: leaves[name].mT.contiguous().mT for name in ("prefix_key", "prefix_value")}
     tensors = [leaves.get(name) for name in ("query", "key", "value", "prefix_key", "prefix_value")]
     tensors = [tensor.requires_grad_() for tensor in tensors]
     tensors += [torch.ones(16, 18, dtype=torch.bool), inputs.gate]

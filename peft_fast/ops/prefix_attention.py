@@ -181,9 +181,13 @@ def _fake_fwd(query, key, value, prefix_key, prefix_value, attn_mask, gate, *arg
 @torch.library.register_fake("peft_fast::prefix_attention_bwd", lib=LIBRARY)
 def _fake_bwd(dy, *args):
     tensors, (needs, plan) = dict(zip(INPUTS, args, strict=False)), args[-2:]
-    # The kernels lay gradients out as they lay y out, whatever the inputs' layout is.
-    laid_out = ("query", "key", "value") if plan == "split" else ()
-    return [(empty_y if name in laid_out else torch.empty_like)(tensors[name]) for name in needs]
+    if plan != "split":
+        return [torch.empty_like(tensors[name]) for name in needs]
+    # The kernels lay gradients out as they lay y out, those of the prefix densely, whatever the inputs' layout is.
+    laid_out = dict.fromkeys(("query", "key", "value"), empty_y) | dict.fromkeys(
+        ("prefix_key", "prefix_value"), lambda prefix: prefix.new_empty(prefix.shape)
+    )
+    return [laid_out.get(name, torch.empty_like)(tensors[name]) for name in needs]
 
 
 @torch.library.register_fake("peft_fast::attention_dropout_mask", lib=LIBRARY)
