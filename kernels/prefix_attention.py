@@ -200,7 +200,6 @@ class _Layout:
             "DH": self.DH,
             "GROUP": self.group,
             "BLOCK_D": self.block_d,
-            # Without a mask not T's: each kernel would be compiled for each power of 2 that divides it.
             "MASK_UNIT": 1 if mask is None else unit(self.T, *(s for s in self.mask_strides if s != 1), most=16),
             "PRECISION": precision(query.dtype),
         }

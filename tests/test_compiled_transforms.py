@@ -1,9 +1,12 @@
 """torch.compile over the transforms of torch.func: what they give uncompiled."""
 
+import functools
+
 import pytest
 import torch
 from torch.func import grad, hessian, jvp, vmap
 
+import peft_fast
 from peft_fast.ops import bottleneck_adapter, lora_linear, prefix_attention
 
 SEED = torch.tensor([3])
@@ -47,14 +50,17 @@ TRANSFORMS = {
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("op", [lora, adapter, prefix], ids=lambda op: op.__name__)
-def test_compiled_as_uncompiled(op, transform):
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_compiled_as_uncompiled(backend, op, transform):
     torch._dynamo.reset()
 
     def loss(a, x):
         return op(a, x).sin().sum()
 
     a, x = _made(2, 6, seed=4), _made(2, 4, 6, seed=5)
-    expected = TRANSFORMS[transform](loss, a, x)
-    compiled = torch.compile(lambda a, x: TRANSFORMS[transform](loss, a, x), backend="aot_eager")(a, x)
+    call = functools.partial(TRANSFORMS[transform], loss)
+    with peft_fast.backend(backend):
+        expected = call(a, x)
+        compiled = torch.compile(call, backend="aot_eager", fullgraph=True)(a, x)
     torch.testing.assert_close(compiled, expected)
     assert any(bool(part.abs().sum()) for part in torch.utils._pytree.tree_leaves(expected))

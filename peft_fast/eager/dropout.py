@@ -26,7 +26,7 @@ from peft_fast.reference import keep_scale
 
 # One block of fp32 activations stays in the cache while it is masked and multiplied.
 BLOCK_ELEMENTS = 1 << 20
-MOST_KEPT_ELEMENTS = 2 * BLOCK_ELEMENTS
+MOST_KEPT_ELEMENTS = 2 * BLOCK_ELEMENTS  # of a mask whose memory a thread keeps
 POINTS_PIECE = 1 << 20
 BYTES_FROM = 1 << 12  # of 2^16: bytes, of a fixed cost, then cost less than points
 
@@ -53,7 +53,7 @@ class Dropped:
 
     def __init__(self, keep: Tensor) -> None:
         self.keep = keep
-        self.turn = 0
+        self.turn = -1
 
     def masked(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """mask ∘ x, contiguous and new, or in `out`."""
@@ -69,7 +69,7 @@ class Dropped:
 
         It lies where this thread's last mask lay, and is made anew should that have become another's since.
         """
-        if not self.turn or self.turn != _thread.turn or self.mask.dtype is not x.dtype:
+        if self.turn != _thread.turn or self.mask.dtype is not x.dtype:
             self.mask = _memory_of(x).copy_(self.keep).view(x.shape)
             self.turn = _thread.turn = _thread.turn + 1
         return self.mask
