@@ -422,3 +422,19 @@ def test_64_bit_offsets_give_the_same_bits(device, monkeypatch):
     monkeypatch.setattr(prefix_attention, "needs_int64", lambda *tensors: True)
     wide = run(case)
     assert all(torch.equal(narrow[name], wide[name]) for name in narrow)
+
+
+def test_lengths_without_a_mask_share_their_kernels():
+    def constexprs(T):
+        query, key = (torch.empty(2, heads, T, 64, dtype=torch.bfloat16, device="meta") for heads in (4, 2))
+        prefix = torch.empty(2, 16, 64, dtype=torch.bfloat16, device="meta")
+        options = {"is_causal": True, "sliding_window": None, "softcap": None, "scale": 0.125}
+        with recording(GPUTarget("cuda", 90, 32)) as launches:
+            inputs = (query, key, key, prefix, prefix, None, None, 0, None)
+            y, lse = attention_fwd(*inputs, **options)
+            attention_bwd(
+                query, *inputs, y, lse, needs={"query", "key", "value", "prefix_key", "prefix_value"}, **options
+            )
+        return [(launch.kernel, launch.constexprs) for launch in launches]
+
+    assert constexprs(1100) == constexprs(1101) == constexprs(1104)
