@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peft_fast import patch_attention, support
+from peft_fast.eager import dropout_native
 from peft_fast.methods import BottleneckLayer, PrefixLayer, prefix_patch
 from peft_fast.methods.prefix_input import InputLayer
 from peft_fast.ops.dropout import apply_dropout
@@ -96,6 +97,8 @@ class PatchReport:
             return "peft_fast: no adapter layers"
         fused = sum(row.state == "fused" for row in self.rows)
         dropouts = f"; {self.dropouts} dropouts of the base model patched" if self.dropouts else ""
+        if dropouts and dropout_native.library() is None:
+            dropouts += " (no C compiler: numpy draws their masks, in more time)"
         table = [
             ("module", "op", "runs", "reason"),
             *((row.name, row.op, row.state, row.reason) for row in self.rows),

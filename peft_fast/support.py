@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
 from peft_fast import tuning
+from peft_fast.eager import dropout_native
 from peft_fast.eager.dropout import draws_one_by_one
 from peft_fast.reference import drop_threshold
 
@@ -32,11 +33,14 @@ MIN_GPU_ELEMENTS = 1 << 24
 # ours costs.
 MIN_CPU_ELEMENTS = 1 << 17
 
-# Below this many elements of x, seeding a generator twice costs the CPU more than its fast dropout saves.
+# Below this many elements of x, a LoRA layer with dropout saves the CPU less than a function of ours costs.
 MIN_CPU_DROPOUT_ELEMENTS = 1 << 15
 
-# The same for a dropout module, which has no matmul beside it.
-MIN_CPU_MODULE_ELEMENTS = 1 << 16
+# The same for a dropout module, which has no matmul beside it, and for the weights of an attention.
+MIN_CPU_MODULE_ELEMENTS = 1 << 14
+
+# The same for all of these where numpy draws the masks, having no C compiler.
+MIN_CPU_NUMPY_ELEMENTS = 1 << 16
 
 # Below this many elements of x the usual torch calls are as fast as the bottleneck adapter's own function.
 MIN_CPU_ADAPTER_ELEMENTS = 1 << 17
@@ -316,6 +320,13 @@ def _why_not_input(
     return None
 
 
+def gains_by_dropout(elements: int, least: int) -> bool:
+    """Whether the CPU gains where so many elements are dropped, `least` being the fewest by compiled C."""
+    if elements < least:
+        return False
+    return elements >= MIN_CPU_NUMPY_ELEMENTS or torch.compiler.is_compiling() or dropout_native.library() is not None
+
+
 def fusable_dropout(module: nn.Dropout, x: Tensor) -> int:
     """How many of 2^16 values drop an element of x, where a call of a dropout module gains by `ops.dropout`; else 0.
 
@@ -338,7 +349,7 @@ def fusable_dropout(module: nn.Dropout, x: Tensor) -> int:
     fusable = (
         torch._C._get_tracing_state() is None
         and not in_transform()
-        and x.numel() >= MIN_CPU_MODULE_ELEMENTS
+        and gains_by_dropout(x.numel(), MIN_CPU_MODULE_ELEMENTS)
         and draws_one_by_one()
     )
     return drop_threshold(module.p) if fusable else 0
@@ -372,7 +383,7 @@ def fusable_attention_dropout(
         torch._C._get_tracing_state() is None
         and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
         and not in_transform()
-        and query.shape[:3].numel() * key.shape[2] >= MIN_CPU_MODULE_ELEMENTS
+        and gains_by_dropout(query.shape[:3].numel() * key.shape[2], MIN_CPU_MODULE_ELEMENTS)
         and draws_one_by_one()
     )
     if not fusable or (mask is not None and not bool(mask.any(-1).all())):  # of a query that sees no key torch makes 0

@@ -1,15 +1,21 @@
-"""The masks of the eager backend: every rate, and the same mask wherever it is made again."""
-
-from concurrent.futures import ThreadPoolExecutor
+"""The masks of the eager backend, drawn in both ways: every rate, and the same mask wherever it is made again."""
 
 import pytest
 import torch
 
 from peft_fast import eager, reference
-from peft_fast.eager import dropout
+from peft_fast.eager import dropout, dropout_native, dropout_numpy
 
-# One rate of each kind: points alone, and bytes with points for the rest.
+# One rate of each kind that numpy has: points alone, and bytes with points for the rest.
 RATES = pytest.mark.parametrize("p", [0.03, 0.3])
+
+
+@pytest.fixture(params=["native", "numpy"], autouse=True)
+def _drawn_by(request, monkeypatch):
+    if request.param == "numpy":
+        monkeypatch.setattr(dropout_native, "library", lambda: None)
+    else:
+        assert dropout_native.library() is not None, "these tests need a C compiler"
 
 
 def dropped(p: float, seed: int, M: int, K: int) -> torch.Tensor:
@@ -45,7 +51,7 @@ def test_rate_along_a_block(p):
 
 
 def test_points_of_a_long_row_come_in_pieces(monkeypatch):
-    monkeypatch.setattr(dropout, "POINTS_PIECE", 1000)
+    monkeypatch.setattr(dropout_numpy, "POINTS_PIECE", 1000)
     mask = dropped(0.03, 5, 400, 10_500)
     assert_rate(mask.mean(0).unflatten(0, (21, 500)).mean(1), 0.03, 400 * 500)
 
@@ -107,64 +113,3 @@ def test_seeds_come_from_torchs_generator():
     torch.manual_seed(1)
     assert [eager.draw_seed(torch.device("cpu")).item() for _ in range(2)] == first
     assert first[0] != first[1]
-
-
-def pieces(seed, shapes, threshold):
-    return list(dropout.dropped_pieces(torch.tensor([seed]), shapes, threshold))
-
-
-@RATES
-def test_masks_that_take_turns_in_one_memory(p):
-    shapes = [(30, 40), (20, 70), (30, 40)]
-    threshold = reference.drop_threshold(p)
-    held = pieces(1, shapes, threshold)
-    alone = [piece.masked(torch.ones(shape)).clone() for piece, shape in zip(held, shapes, strict=True)]
-    for order in ((0, 1, 2), (2, 0, 1), (1, 1, 0)):
-        for i in order:
-            for dtype in (torch.float32, torch.bfloat16, torch.float32):
-                x = torch.ones(shapes[i], dtype=dtype)
-                assert torch.equal(held[i].masked(x).float(), alone[i])
-                held[i].mask_(x)
-                assert torch.equal(x.float(), alone[i])
-    assert not torch.equal(alone[0], alone[2])
-
-
-def test_a_mask_is_not_what_masked_gives():
-    piece, other = pieces(1, [(64, 64), (64, 64)], reference.drop_threshold(0.3))
-    x = torch.ones(64, 64)
-    first = piece.masked(x)
-    before = first.clone()
-    other.mask_(x)
-    assert torch.equal(first, before)
-
-
-def test_threads_have_memory_of_their_own():
-    shape, threshold = (256, 256), reference.drop_threshold(0.3)
-
-    def work(seed):
-        (piece,) = pieces(seed, [shape], threshold)
-        first = piece.masked(torch.ones(shape))
-        return all(torch.equal(piece.masked(torch.ones(shape)), first) for _ in range(50))
-
-    with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(work, range(64)))
-
-
-def test_memory_made_in_inference_mode_serves_everywhere(monkeypatch):
-    monkeypatch.setattr(dropout, "_thread", dropout._Thread())
-    (piece,) = pieces(1, [(8, 8)], reference.drop_threshold(0.3))
-    with torch.inference_mode():
-        first = piece.masked(torch.ones(8, 8)).clone()
-    (again,) = pieces(1, [(8, 8)], reference.drop_threshold(0.3))
-    assert torch.equal(again.masked(torch.ones(8, 8)), first)
-
-
-def test_a_large_mask_is_not_kept(monkeypatch):
-    monkeypatch.setattr(dropout, "_thread", dropout._Thread())
-    monkeypatch.setattr(dropout, "BLOCK_ELEMENTS", 64)
-    monkeypatch.setattr(dropout, "MOST_KEPT_ELEMENTS", 128)
-    small, large = pieces(1, [(10, 10), (20, 20)], reference.drop_threshold(0.3))
-    large.masked(torch.ones(20, 20))
-    assert not dropout._thread.memory
-    small.masked(torch.ones(10, 10))
-    assert dropout._thread.memory[torch.float32].numel() == 100

@@ -432,14 +432,18 @@ def test_explicit_triton_never_falls_back(monkeypatch):
         lora_linear(inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b)
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.03, 0.1])
-def test_passes_over_the_activations(dropout_p):
+@pytest.mark.parametrize(("dropout_p", "drawn_by"), [(0.0, ""), (0.1, "native"), (0.03, "numpy"), (0.1, "numpy")])
+def test_passes_over_the_activations(dropout_p, drawn_by, monkeypatch):
     """What the CPU is asked for: the calls that touch a whole x, y, dx or dy. Time is not asserted here."""
     from torch.profiler import ProfilerActivity, profile
 
     M, K, N, R = 512, 384, 256, 8  # one dropout block
     inputs = lora_linear_inputs(M, K, N, R)
     leaves = [tensor.requires_grad_() for tensor in (inputs.x, inputs.lora_a, inputs.lora_b)]
+    native, apply = [], eager.dropout_native.Dropped.apply
+    monkeypatch.setattr(eager.dropout_native.Dropped, "apply", lambda *args: native.append(apply(*args)))
+    if drawn_by == "numpy":
+        monkeypatch.setattr(eager.dropout_native, "library", lambda: None)
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True, acc_events=True) as recorded:
         y = lora_linear(inputs.x, inputs.weight, *leaves[1:], bias=inputs.bias, dropout_p=dropout_p)
         torch.autograd.grad(y, leaves, inputs.dy)
@@ -454,5 +458,6 @@ def test_passes_over_the_activations(dropout_p):
     # Forward s, y; backward dB, ds, dA, dx: eight products, of which two small ones do not read an activation.
     products = sum(counts.pop(name, 0) for name in matmuls)
     assert products == 6
-    # The bias is copied into y as F.linear does. Dropout casts a mask twice, and masks x twice and dx once.
-    assert counts == ({"copy_": 3, "mul": 2, "mul_": 1} if dropout_p else {"copy_": 1})
+    # The bias is copied into y as F.linear does. Dropout masks x twice and dx once; numpy's masks are cast, twice.
+    assert counts == ({"copy_": 3, "mul": 2, "mul_": 1} if drawn_by == "numpy" else {"copy_": 1})
+    assert len(native) == (3 if drawn_by == "native" else 0)

@@ -137,11 +137,24 @@ def test_small_calls_compiled(dropout_p):
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize(("rows", "dropout_p", "small"), [(511, 0.0, True), (512, 0.0, False), (127, 0.5, True)])
-def test_which_calls_are_small(rows, dropout_p, small, monkeypatch):
-    """By the larger activation without dropout, which is y here; by x with it."""
+@pytest.mark.parametrize(
+    ("rows", "dropout_p", "compiler", "small"),
+    [
+        (511, 0.0, True, True),
+        (512, 0.0, False, False),
+        (127, 0.5, True, True),
+        (128, 0.5, True, False),
+        (255, 0.5, False, True),
+        (256, 0.5, False, False),
+    ],
+)
+def test_which_calls_are_small(rows, dropout_p, compiler, small, monkeypatch):
+    """By the larger activation without dropout, which is y here; by x with it, and by whether numpy draws the mask."""
     monkeypatch.setattr(support, "MIN_CPU_ELEMENTS", 1 << 15)
     monkeypatch.setattr(support, "MIN_CPU_DROPOUT_ELEMENTS", 1 << 12)
+    monkeypatch.setattr(support, "MIN_CPU_NUMPY_ELEMENTS", 1 << 13)
+    if not compiler:
+        monkeypatch.setattr(support.dropout_native, "library", lambda: None)
     model = lora_model(lora_dropout=dropout_p)
     layer = next(layer for layer in lora_layers(patched_copy(model)) if layer.out_features == 64)
     assert layer.in_features == 32

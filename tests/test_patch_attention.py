@@ -175,7 +175,7 @@ def nothing_dropped(monkeypatch):
         eager.attention_dropout,
         "dropped_blocks",
         lambda seed, shape, threshold: [
-            (slice(None), eager.dropout.Dropped(torch.ones(math.prod(shape), dtype=torch.int8)))
+            (slice(None), eager.dropout_numpy.Dropped(torch.ones(math.prod(shape), dtype=torch.int8)))
         ],
     )
     monkeypatch.setattr(eager.attention_dropout, "keep_scale", lambda threshold: 1.0)

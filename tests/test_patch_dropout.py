@@ -214,16 +214,22 @@ def test_a_default_device_changes_nothing(module, monkeypatch):
     x = torch.ones(SHAPE, requires_grad=True)
     y = module(x)
     with torch.device("meta"):
+        (dx,) = torch.autograd.grad(y, x, gradient[0], retain_graph=True)
+        assert dx.is_cpu
+        assert torch.equal(dx, y)
         assert torch.autograd.grad(y, x, gradient, is_grads_batched=True)[0].is_cpu
 
 
 class TestPatch:
-    def test_modules_of_the_base_model_change_and_change_back(self):
+    def test_modules_of_the_base_model_change_and_change_back(self, monkeypatch):
         model = bert_with_dropout()
         count = len(dropout_modules(model))
         report = peft_fast.patch(model)
         assert report.dropouts == count > 3
-        assert f"; {count} dropouts of the base model patched" in str(report)
+        assert f"; {count} dropouts of the base model patched\n" in str(report)
+        with monkeypatch.context() as without:
+            without.setattr(support.dropout_native, "library", lambda: None)
+            assert f"; {count} dropouts of the base model patched (no C compiler: numpy draws" in str(report)
         assert {type(module) for module in dropout_modules(model)} == {peft_fast.patch.__globals__["Dropout"]}
         layer = lora_layers(model)[0]
         assert type(layer.lora_dropout["default"]) is nn.Dropout  # part of the layer's op

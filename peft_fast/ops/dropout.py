@@ -26,7 +26,7 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx, x, threshold, seed, strides):
         ctx.save_for_backward(seed)
         ctx.threshold = threshold
-        if support.runs_plainly(x) and x.layout is torch.strided:
+        if _is_plain(x):
             y = eager.drop(x, threshold, seed, strides)
             ctx.strides = y.stride()
             return y
@@ -39,7 +39,13 @@ class _Dropout(torch.autograd.Function):
         if support.is_batched(dy) or support.in_transform():
             mask = _mask(dy.shape, ctx.strides, ctx.threshold, seed)
             return dy * mask * reference.keep_scale(ctx.threshold), None, None, None
+        if not torch.is_grad_enabled() and _is_plain(dy):
+            return eager.drop(dy, ctx.threshold, seed, ctx.strides), None, None, None
         return _Dropout.apply(dy, ctx.threshold, seed, ctx.strides), None, None, None
+
+
+def _is_plain(x: Tensor) -> bool:
+    return support.runs_plainly(x) and x.layout is torch.strided
 
 
 def _mask(shape: torch.Size, strides: Sequence[int], threshold: int, seed: Tensor) -> Tensor:

@@ -351,7 +351,7 @@ def _is_small(x: Tensor, weight: Tensor, dropout_p: float) -> bool:
         return False
     elements = x.numel()
     if dropout_p:
-        return elements < support.MIN_CPU_DROPOUT_ELEMENTS
+        return not support.gains_by_dropout(elements, support.MIN_CPU_DROPOUT_ELEMENTS)
     (N, K), least = weight.shape, support.MIN_CPU_ELEMENTS
     return elements < least and elements * N < least * K
 
