@@ -86,19 +86,20 @@ class PatchRow:
 class PatchReport:
     """What runs fused and what does not. `str(report)` is a table.
 
-    `dropouts` is the number of patched dropouts of a base model on the CPU; they have no rows.
+    `dropouts` is the number of patched dropouts of a base model on the CPU; they have no rows. `slow_dropout` says why
+    a model on the CPU that drops has no compiled code for it; numpy draws the masks then.
     """
 
     rows: tuple[PatchRow, ...]
     dropouts: int = 0
+    slow_dropout: str = ""
 
     def __str__(self) -> str:
         if not self.rows:
             return "peft_fast: no adapter layers"
         fused = sum(row.state == "fused" for row in self.rows)
         dropouts = f"; {self.dropouts} dropouts of the base model patched" if self.dropouts else ""
-        if dropouts and dropout_native.library() is None:
-            dropouts += " (no C compiler: numpy draws their masks, in more time)"
+        slow = [f"dropout takes longer than it need on this CPU: {self.slow_dropout}"] if self.slow_dropout else []
         table = [
             ("module", "op", "runs", "reason"),
             *((row.name, row.op, row.state, row.reason) for row in self.rows),
@@ -107,7 +108,7 @@ class PatchReport:
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
         ]
-        return "\n".join([f"peft_fast: {fused} of {len(self.rows)} adapter layers fused{dropouts}", *lines])
+        return "\n".join([f"peft_fast: {fused} of {len(self.rows)} adapter layers fused{dropouts}", *slow, *lines])
 
 
 def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
@@ -181,9 +182,11 @@ def report(model: nn.Module) -> PatchReport:
         reason = _why_stock(module) or _since_patching(module)
         note = prefix_patch.CHECKPOINTED if _is_prefix(module) and prefix_patch.is_checkpointed(module) else ""
         rows.append(PatchRow(name, _op(module), "stock" if reason else "fused", reason or note))
-    gains = support.draws_one_by_one() and any(parameter.is_cpu for parameter in model.parameters())
+    on_cpu = any(parameter.is_cpu for parameter in model.parameters())
+    gains = on_cpu and support.draws_one_by_one()
     dropouts = sum(_drops_faster(module) for module in model.modules()) if gains else 0
-    return PatchReport(tuple(rows), dropouts)
+    drops = on_cpu and any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    return PatchReport(tuple(rows), dropouts, dropout_native.why_not() if drops else "")
 
 
 def _drops_faster(module: nn.Module) -> bool:

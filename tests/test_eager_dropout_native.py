@@ -1,6 +1,10 @@
 """The masks of dropout.c: SFC64's own numbers, whatever the thread, the type and the length; and no compiler needed."""
 
+import subprocess
 import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +13,7 @@ import torch
 
 from peft_fast import eager, reference
 from peft_fast.eager import dropout, dropout_native
+from peft_fast.ops.dropout import apply_dropout
 
 CHUNK, GENERATORS = 4096, 8  # as in dropout.c
 THRESHOLD = reference.drop_threshold(0.3)
@@ -32,6 +37,10 @@ def words(seed: int, n: int) -> np.ndarray:
     return np.concatenate(chunks)[:n]
 
 
+def keep(piece: dropout_native.Dropped) -> torch.Tensor:
+    return piece.masked(torch.ones(piece.n, dtype=torch.bool))
+
+
 def pieces(seed: int, *lengths: int) -> list[dropout_native.Dropped]:
     return list(dropout.dropped_pieces(torch.tensor([seed]), [(n,) for n in lengths], THRESHOLD))
 
@@ -41,28 +50,43 @@ def pieces(seed: int, *lengths: int) -> list[dropout_native.Dropped]:
 def test_the_words_are_those_of_sfc64_in_pieces_of_any_length(seed, n):
     expected = words(seed, 2 * n + 5000) >= THRESHOLD
     lengths = (n, 0, 4999, n, 1)
-    assert (torch.cat([piece.keep for piece in pieces(seed, *lengths)]).numpy() == expected).all()
+    assert (torch.cat([keep(piece) for piece in pieces(seed, *lengths)]).numpy() == expected).all()
 
 
 @LENGTHS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.bool])
 def test_every_type_has_the_same_mask(dtype, n):
     (piece,) = pieces(7, n)
-    keep = piece.keep.bool()
+    kept = keep(piece)
     x = torch.randn(n).to(dtype)
     around = torch.ones(n + 2, dtype=dtype)
     assert piece.masked(x, out=around[1:-1]).data_ptr() == around[1:].data_ptr()
     piece.mask_(masked := x.clone())
     for result in (masked, around[1:-1], piece.masked(x)):
-        assert torch.equal(result, torch.where(keep, x, torch.zeros((), dtype=dtype)))
+        assert torch.equal(result, torch.where(kept, x, torch.zeros((), dtype=dtype)))
     assert around[0] == around[-1] == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_scales_on_the_way(dtype):
+def test_what_is_not_a_number_is_dropped_too():
     (piece,) = pieces(7, 50_000)
-    x = torch.randn(500, 100, dtype=dtype)
-    assert torch.equal(piece.masked(x.t(), scale=1.7), piece.masked(x.t() * 1.7))
+    for value in (torch.nan, torch.inf, -torch.inf):
+        masked = piece.masked(torch.full((500, 100), value))
+        assert torch.equal(masked.flatten() == 0, ~keep(piece))
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.arange(6.0).view(2, 3).t(), torch._neg_view(torch.arange(6.0)), torch._efficientzerotensor((2, 3))],
+    ids=["transposed", "negated", "zeros without memory"],
+)
+def test_masks_what_a_tensor_stands_for(x):
+    (piece,) = pieces(7, 6)
+    assert torch.equal(piece.masked(x), x * keep(piece).view(x.shape))
+    torch.manual_seed(1)
+    y = apply_dropout(x, THRESHOLD)
+    torch.manual_seed(1)
+    mask = apply_dropout(torch.ones_like(x.clone()), THRESHOLD)
+    assert torch.equal(y, x * mask)
 
 
 def test_the_number_of_threads_does_not_matter():
@@ -72,39 +96,104 @@ def test_the_number_of_threads_does_not_matter():
         results = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(piece.keep)
+            results.append(keep(piece))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
 
-def test_tensors_that_do_not_fit_are_refused():
+@pytest.mark.parametrize(
+    ("x", "out"),
+    [
+        (torch.ones(11), None),
+        (torch.ones(10), torch.ones(11)),
+        (torch.ones(10), torch.ones(10, 2)[:, 0]),
+        (torch.ones(10), torch.ones(10, dtype=torch.bfloat16)),
+        (torch.ones(10, device="meta"), None),
+    ],
+    ids=["size of x", "size of out", "strides", "dtype", "device"],
+)
+def test_memory_that_does_not_fit_is_refused(x, out):
     (piece,) = pieces(7, 10)
-    for x, out in ((torch.ones(11), None), (torch.ones(10), torch.ones(11)), (torch.ones(10), torch.ones(10, 2)[:, 0])):
-        with pytest.raises(ValueError, match="expected 10 elements as x has them"):
-            piece.masked(x, out=out)
+    with pytest.raises(AssertionError):
+        piece.masked(x, out=out)
 
 
-@pytest.mark.parametrize("compiler", ["false", "true", "no-such-compiler --flag"])
-def test_no_compiler_no_library(compiler, monkeypatch):
-    # One that fails, one that makes nothing, and one that is not there; `CC=` is as good as no CC.
-    monkeypatch.setenv("CC", compiler)
-    assert dropout_native.library.__wrapped__() is None
+def test_mask_in_place_wants_all_of_its_memory():
+    (piece,) = pieces(7, 10)
+    for x in (torch.ones(11), torch.ones(10, 2)[:, 0], torch.ones(10, device="meta")):
+        with pytest.raises(AssertionError):
+            piece.mask_(x)
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_no_compiler_no_library(monkeypatch, tmp_path):
+    for compiler, reason in (
+        ("false", "false -x c"),  # it fails
+        ("true", "dropout.so"),  # it makes nothing
+        ("no-such-compiler --flag", "FileNotFoundError"),
+        ('cc "', "No closing quotation"),
+        ("cc -fvisibility=hidden", "undefined symbol: drop_"),
+        (script(tmp_path / "cc", "echo unhappy >&2; exit 1"), "unhappy"),
+    ):
+        monkeypatch.setenv("CC", compiler)
+        assert reason in dropout_native.load()
     monkeypatch.setenv("CC", "")
-    assert dropout_native.library.__wrapped__() is not None
+    assert not isinstance(dropout_native.load(), str)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    assert "FileNotFoundError" in dropout_native.load()
+
+
+def test_a_compiler_of_another_language_or_without_openmp_serves(monkeypatch, tmp_path):
+    no_openmp = script(tmp_path / "cc", 'for a; do [ "$a" = -fopenmp ] && exit 1; done; exec cc "$@"')
+    (piece,) = pieces(7, 50_000)
+    for compiler in ("c++", no_openmp):
+        monkeypatch.setenv("CC", compiler)
+        assert torch.equal(keep(piece), keep(dropout_native.Dropped(dropout_native.load(), 50_000, 0, 7, THRESHOLD)))
+
+
+def test_the_first_answer_is_final(monkeypatch):
+    """Else forward and backward could draw by different means."""
+    monkeypatch.setattr(dropout_native, "_loaded", None)
+    attempts = []
+
+    def load():
+        attempts.append(1)
+        time.sleep(0.1)
+        return "at first it failed" if len(attempts) == 1 else "then as well"
+
+    monkeypatch.setattr(dropout_native, "load", load)
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(lambda _: dropout_native.library(), range(8))) == {None}
+    assert dropout_native.why_not() == "at first it failed"
+    assert len(attempts) == 1
+
+
+THREADS = """
+import os, sys, torch
+from peft_fast.eager import dropout_native
+torch.set_num_threads(3)
+(piece,) = dropout_native.dropped_pieces(dropout_native.load(), torch.tensor([1]), [(100_000,)], 6554)
+x = torch.empty(100_000)
+before = len(os.listdir("/proc/self/task"))
+piece.mask_(x)
+print(len(os.listdir("/proc/self/task")) - before)
+(torch.ones(500, 500) @ torch.ones(500, 500)).sum()
+print(len({line.split()[-1] for line in open("/proc/self/maps") if "omp" in line.split()[-1].rpartition("/")[2]}))
+"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_runs_in_torchs_own_threads():
-    def runtimes():
-        files = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
-        return {file for file in files if "omp" in Path(file).name}
-
-    before = runtimes()
-    assert before
-    assert dropout_native.library.__wrapped__() is not None
-    assert runtimes() == before
+    """As many as torch has, of the one OpenMP that is loaded."""
+    run = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True)
+    assert run.stdout.split() == ["2", "1"], run.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -221,15 +221,12 @@ def test_a_default_device_changes_nothing(module, monkeypatch):
 
 
 class TestPatch:
-    def test_modules_of_the_base_model_change_and_change_back(self, monkeypatch):
+    def test_modules_of_the_base_model_change_and_change_back(self):
         model = bert_with_dropout()
         count = len(dropout_modules(model))
         report = peft_fast.patch(model)
         assert report.dropouts == count > 3
         assert f"; {count} dropouts of the base model patched\n" in str(report)
-        with monkeypatch.context() as without:
-            without.setattr(support.dropout_native, "library", lambda: None)
-            assert f"; {count} dropouts of the base model patched (no C compiler: numpy draws" in str(report)
         assert {type(module) for module in dropout_modules(model)} == {peft_fast.patch.__globals__["Dropout"]}
         layer = lora_layers(model)[0]
         assert type(layer.lora_dropout["default"]) is nn.Dropout  # part of the layer's op
@@ -238,6 +235,16 @@ class TestPatch:
         assert {type(module) for module in dropout_modules(model)} == {nn.Dropout}
         for copied in copies:
             assert peft_fast.report(copied) == report
+
+    @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+    def test_the_report_says_why_dropout_is_slow(self, dropout_p, monkeypatch):
+        model = lora_model("llama", lora_dropout=dropout_p)
+        fast = peft_fast.patch(model)
+        monkeypatch.setattr(support.dropout_native, "_loaded", "cc: nothing there")
+        slow = peft_fast.report(model)
+        assert "takes longer" not in str(fast)
+        assert ("longer than it need on this CPU: cc: nothing there" in str(slow)) == bool(dropout_p)
+        assert (slow == fast) == (not dropout_p)
 
     def test_a_merged_model_can_be_unpatched(self):
         stock = bert_with_dropout()

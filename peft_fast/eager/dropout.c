@@ -3,7 +3,7 @@
 // step them together, started anew for each chunk of elements from (seed, chunk, generator) as SFC64 is from three
 // numbers: so any thread can make any chunk, and a mask does not depend on the pieces in which it is made.
 //
-// It is plain C for any machine; a compiler that vectorises makes it as fast as copying x.
+// It is plain C for any machine, written so that compilers vectorise it.
 
 #include <stdint.h>
 #include <string.h>
@@ -38,10 +38,11 @@ static void draw_chunk(uint64_t seed, uint64_t chunk, uint16_t *words)
 // out = mask * scale * x for the n elements from number `first` on; x may be out. A value is kept or cleared by its
 // bits: of a condition in its place compilers for older vector units make a branch for each element.
 #define DROP(NAME, TYPE, BITS, VALUE)                                                                              \
-    void NAME(TYPE *out, const TYPE *x, int64_t n, int64_t first, uint64_t seed, uint32_t threshold, double scale) \
+    void NAME(TYPE *out, const TYPE *x, int64_t n, int64_t first, uint64_t seed, uint32_t threshold, double scale, \
+              int threads)                                                                                         \
     {                                                                                                              \
-        (void)scale;                                                                                               \
-        _Pragma("omp parallel for if (n >= PARALLEL_FROM)")                                                        \
+        (void)scale, (void)threads;                                                                                \
+        _Pragma("omp parallel for num_threads(threads) if (n >= PARALLEL_FROM)")                                   \
         for (int64_t chunk = first / CHUNK; chunk <= (first + n - 1) / CHUNK; chunk++) {                           \
             uint16_t words[CHUNK];                                                                                 \
             draw_chunk(seed, chunk, words);                                                                        \

@@ -52,10 +52,10 @@ def draws_one_by_one() -> bool:
 
 def dropout_mask(seed: Tensor, shape: Sequence[int], threshold: int) -> Tensor:
     """The mask that `seed` stands for: a boolean (M, K) tensor on seed's device, True where x is kept."""
-    mask = torch.empty(shape, dtype=torch.int8, device="cpu")
+    mask = torch.ones(shape, dtype=torch.bool, device="cpu")
     for rows, dropped in dropped_blocks(seed, shape, threshold):
-        mask[rows] = dropped.keep.view(mask[rows].shape)
-    return mask.view(torch.bool).to(seed.device)
+        dropped.mask_(mask[rows])
+    return mask.to(seed.device)
 
 
 def drop(x: Tensor, threshold: int, seed: Tensor, strides: Sequence[int] | None = None) -> Tensor:
@@ -65,17 +65,16 @@ def drop(x: Tensor, threshold: int, seed: Tensor, strides: Sequence[int] | None 
     far as x is dense, or that of `strides`.
     """
     out = torch.empty_like(x) if strides is None else x.new_empty_strided(x.shape, strides)
-    scale = keep_scale(threshold)
-    if x.stride() != out.stride() or x.dtype not in dropout_native.SCALED:
+    functions, scale = dropout_native.library(), keep_scale(threshold)
+    if functions is None or x.stride() != out.stride() or x.dtype not in dropout_native.SCALED:
         x, scale = torch.mul(x, scale, out=out), 1.0
-    functions = dropout_native.library()
     if functions is not None:
         (all_of_x,) = dropout_native.dropped_pieces(functions, seed, [x.shape], threshold)
         all_of_x.apply(x, out, scale)
         return out
-    x, elements = (t.as_strided((t.numel(), 1), (1, 1)) for t in (x, out))
+    elements = out.as_strided((out.numel(), 1), (1, 1))
     for block, dropped in dropped_blocks(seed, elements.shape, threshold):
-        dropped.masked(x[block], out=elements[block], scale=scale)
+        dropped.mask_(elements[block])
     return out
 
 

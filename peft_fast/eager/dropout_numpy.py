@@ -43,10 +43,9 @@ class Dropped:
     def __init__(self, keep: Tensor) -> None:
         self.keep = self.mask = keep
 
-    def masked(self, x: Tensor, out: Tensor | None = None, scale: float = 1.0) -> Tensor:
-        """scale · mask ∘ x, contiguous and new, or in `out`."""
-        out = torch.mul(self._mask(x), x, out=out)
-        return out if scale == 1.0 else out.mul_(scale)
+    def masked(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """mask ∘ x, contiguous and new, or in `out`."""
+        return torch.mul(self._mask(x), x, out=out)
 
     def mask_(self, x: Tensor) -> None:
         """x = mask ∘ x in place."""

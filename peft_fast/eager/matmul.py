@@ -42,9 +42,8 @@ def narrow_mm(x: Tensor, factor: Tensor, scale: Any, traced: str) -> Tensor:
     if traced:
         return (torch.mm(factor.t(), x.t()).t() if narrow else torch.mm(x, factor)) * scale
     ignored = x.new_empty(1)
-    if M == 1:  # dot products: a product of matrices adds one row up in one chain, with three to four times the error
-        rows = factor.t().clone(memory_format=torch.contiguous_format)
-        return torch.addmv(ignored, rows, x[0], beta=0, alpha=scale)[None]
+    if M == R == 1:  # matrices may be multiplied in one chain of sums, with three times the error
+        return (torch.dot(x[0], factor[:, 0]) * scale).view(1, 1)
     if not narrow:
         return torch.addmm(ignored, x, factor, beta=0, alpha=scale)
     factor_t = factor.t().contiguous()

@@ -45,7 +45,8 @@ class _Dropout(torch.autograd.Function):
 
 
 def _is_plain(x: Tensor) -> bool:
-    return support.runs_plainly(x) and x.layout is torch.strided
+    """Whether x is what lies in its memory, and nothing watches or transforms the call."""
+    return support.runs_plainly(x) and x.layout is torch.strided and not x.is_neg() and not x._is_zerotensor()
 
 
 def _mask(shape: torch.Size, strides: Sequence[int], threshold: int, seed: Tensor) -> Tensor:
