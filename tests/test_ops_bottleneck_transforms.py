@@ -24,7 +24,7 @@ def schema_arguments():
 def test_opcheck():
     ops = torch.ops.peft_fast
     tensors, options = schema_arguments()
-    torch.library.opcheck(ops.bottleneck_adapter.default, (*tensors, *options, "eager"))
+    torch.library.opcheck(ops.bottleneck_adapter.default, (*tensors, *options, "eager", ""))
     tensors = [tensor if tensor is None else tensor.detach() for tensor in tensors]
     torch.library.opcheck(ops.bottleneck_adapter_fwd.default, (*tensors, *options))
     _, *saved = ops.bottleneck_adapter_fwd(*tensors, *options)

@@ -25,7 +25,7 @@ def schema_arguments(plan: str) -> tuple:
 
 def test_opcheck():
     ops = torch.ops.peft_fast
-    torch.library.opcheck(ops.lora_linear.default, schema_arguments("eager"))
+    torch.library.opcheck(ops.lora_linear.default, (*schema_arguments("eager"), ""))
     detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in schema_arguments("eager"))
     torch.library.opcheck(ops.lora_linear_fwd.default, detached)
     x, weight, lora_a, lora_b, _, scaling, threshold, seed, plan = detached

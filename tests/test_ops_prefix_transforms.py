@@ -71,7 +71,7 @@ def test_opcheck(backend, options, layout):
     seed = torch.tensor([SEED]) if threshold else None
     window, cap = options.get("sliding_window"), options.get("softcap")
     rules = [threshold, seed, options.get("is_causal", False), window, cap, 0.25]
-    torch.library.opcheck(torch.ops.peft_fast.prefix_attention, (*tensors, *rules, backend))
+    torch.library.opcheck(torch.ops.peft_fast.prefix_attention, (*tensors, *rules, backend, ""))
     plan = _choose_plan(tensors, Options(*rules), backend)
     plain = [None if tensor is None else tensor.detach() for tensor in tensors]
     torch.library.opcheck(torch.ops.peft_fast.prefix_attention_fwd, (*plain, *rules, plan))

@@ -1,13 +1,25 @@
 """What the ops share around their autograd functions."""
 
 import contextlib
+import hashlib
 import importlib
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 LIBRARY = torch.library.Library("peft_fast", "FRAGMENT")
+
+
+def _digest() -> str:
+    sources = sorted(Path(__file__).parents[1].rglob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+
+
+# What the ops that torch.compile traces into take as their last argument, `code`. torch keeps what it traced on disk,
+# under the graph that it was given, where such an op is a mere name: an older version of this package would run on.
+CODE = _digest()
 
 
 def kernels(name: str) -> Any:

@@ -20,7 +20,7 @@ from peft_fast.ops._bottleneck_call import (
     under_autocast,
     validate,
 )
-from peft_fast.ops._shared import LIBRARY, as_tensor, resolve, rows
+from peft_fast.ops._shared import CODE, LIBRARY, as_tensor, resolve, rows
 
 # In the order of INPUTS.
 _TENSORS = (
@@ -30,7 +30,7 @@ _TENSORS = (
 )
 _OPTIONS = "bool skip, int threshold, Tensor? seed, str activation, bool residual_after_norm, float eps"
 
-LIBRARY.define(f"bottleneck_adapter({_TENSORS}, {_OPTIONS}, str backend) -> Tensor")
+LIBRARY.define(f"bottleneck_adapter({_TENSORS}, {_OPTIONS}, str backend, str code) -> Tensor")
 LIBRARY.define(f"bottleneck_adapter_fwd({_TENSORS}, {_OPTIONS}) -> Tensor[]")
 LIBRARY.define(
     f"bottleneck_adapter_bwd(Tensor dy, {_TENSORS}, {_OPTIONS}, Tensor z, Tensor? stats_before, Tensor? stats_after, "
@@ -272,7 +272,7 @@ def _backward(ctx, dy, tensors, options, saved):
 @torch.library.impl(LIBRARY, "bottleneck_adapter", "Autograd")
 def _autograd(*args):
     n = len(INPUTS)
-    *values, backend = args[n:]
+    *values, backend, _ = args[n:]
     options, plan = Options(*values), support.choose_plan(args[0], backend)
     if support.in_transform():  # one inside of what is being compiled
         return by_reference(args[:n], options, plan)
@@ -282,7 +282,7 @@ def _autograd(*args):
 @torch.library.impl(LIBRARY, "bottleneck_adapter", "CompositeExplicitAutograd")
 def _inference(*args):
     n = len(INPUTS)
-    *options, backend = args[n:]
+    *options, backend, _ = args[n:]
     x, residual, *others = args[:n]
     activations = [tensor if tensor is None else rows(tensor) for tensor in (x, residual)]
     y, *_ = _launch_fwd((*activations, *others), Options(*options), support.choose_plan(x, backend))
@@ -403,4 +403,4 @@ def _apply(x, residual, parameters, scaling, activation, dropout_p, seed, residu
         return function.apply(options, plan, False, *tensors)
     if not torch.compiler.is_compiling() and support.in_transform():
         return by_reference(tensors, options, support.choose_plan(x, backend))
-    return torch.ops.peft_fast.bottleneck_adapter(*_with_scaling(tensors), *options, backend)
+    return torch.ops.peft_fast.bottleneck_adapter(*_with_scaling(tensors), *options, backend, CODE)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from peft_fast import eager, reference, support, tuning
 from peft_fast.ops import _shared
-from peft_fast.ops._shared import LIBRARY, as_tensor, resolve
+from peft_fast.ops._shared import CODE, LIBRARY, as_tensor, resolve
 
 
 def _validate(
@@ -66,7 +66,7 @@ def _dtypes(rule: str, tensors: dict[str, Tensor]) -> str:
 
 LIBRARY.define(
     "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor scaling, "
-    "int threshold, Tensor? seed, str backend) -> Tensor"
+    "int threshold, Tensor? seed, str backend, str code) -> Tensor"
 )
 LIBRARY.define(
     "lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor scaling, "
@@ -252,7 +252,7 @@ def _differentiable(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, p
 
 
 @torch.library.impl(LIBRARY, "lora_linear", "Autograd")
-def _lora_linear_autograd(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, backend):
+def _lora_linear_autograd(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, backend, code):
     plan = _choose_plan(x, weight, lora_a, threshold, backend)
     if support.in_transform():  # one inside of what is being compiled, which only here can be asked for
         return _differentiable(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan)
@@ -260,14 +260,14 @@ def _lora_linear_autograd(x, weight, lora_a, lora_b, bias, scaling, threshold, s
 
 
 @torch.library.impl(LIBRARY, "lora_linear", "CompositeExplicitAutograd")
-def _lora_linear_inference(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, backend):
+def _lora_linear_inference(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, backend, code):
     plan = _choose_plan(x, weight, lora_a, threshold, backend)
     y, _ = _launch_fwd(_shared.rows(x), weight, lora_a, lora_b, bias, scaling, threshold, seed, plan)
     return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
 
 
 @torch.library.register_fake("peft_fast::lora_linear", lib=LIBRARY)
-def _fake(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, backend):
+def _fake(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, backend, code):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -337,7 +337,7 @@ def apply_lora_linear(
         plan = support.choose_plan(x, backend)
         return _differentiable(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan)
     return torch.ops.peft_fast.lora_linear(
-        x, weight, lora_a, lora_b, bias, as_tensor(scaling, x), threshold, seed, backend
+        x, weight, lora_a, lora_b, bias, as_tensor(scaling, x), threshold, seed, backend, CODE
     )
 
 

@@ -10,7 +10,7 @@ from peft_fast import eager, reference, support
 from peft_fast.eager import flash_attention as flash
 from peft_fast.eager.prefix_attention import Options, empty_y, four_sizes, seen_keys
 from peft_fast.ops import _shared
-from peft_fast.ops._shared import LIBRARY, resolve
+from peft_fast.ops._shared import CODE, LIBRARY, resolve
 
 # The tensors of a call in the order of every schema.
 INPUTS = ("query", "key", "value", "prefix_key", "prefix_value", "attn_mask", "gate")
@@ -26,7 +26,7 @@ _OPTIONS = "int threshold, Tensor? seed, bool is_causal, int? sliding_window, fl
 MOST_ATTENDED, SHORT_MOST_ATTENDED = 0.85, 0.7
 LOOK_LOGITS = 1 << 21
 
-LIBRARY.define(f"prefix_attention({_TENSORS}, {_OPTIONS}, str backend) -> Tensor")
+LIBRARY.define(f"prefix_attention({_TENSORS}, {_OPTIONS}, str backend, str code) -> Tensor")
 LIBRARY.define(f"prefix_attention_fwd({_TENSORS}, {_OPTIONS}, str plan) -> Tensor[]")
 LIBRARY.define(
     f"prefix_attention_bwd(Tensor dy, {_TENSORS}, {_OPTIONS}, Tensor[] saved, str[] needs, str plan) -> Tensor[]"
@@ -258,7 +258,7 @@ def _differentiable(tensors, options, plan):
 @torch.library.impl(LIBRARY, "prefix_attention", "Autograd")
 def _autograd(*args):
     n = len(INPUTS)
-    *values, backend = args[n:]
+    *values, backend, _ = args[n:]
     options = Options(*values)
     plan = _choose_plan(args[:n], options, backend)
     if support.in_transform():  # one inside of what is being compiled
@@ -269,7 +269,7 @@ def _autograd(*args):
 @torch.library.impl(LIBRARY, "prefix_attention", "CompositeExplicitAutograd")
 def _inference(*args):
     n = len(INPUTS)
-    *values, backend = args[n:]
+    *values, backend, _ = args[n:]
     options = Options(*values)
     return _launch_fwd(args[:n], options, _choose_plan(args[:n], options, backend))[0]
 
@@ -378,7 +378,7 @@ def apply_prefix_attention(
         return _PrefixAttention.apply(options, _choose_plan(tensors, options, backend), False, *tensors)
     if not torch.compiler.is_compiling() and support.in_transform():
         return _differentiable(tensors, options, _choose_plan(tensors, options, backend))
-    return torch.ops.peft_fast.prefix_attention(*tensors, *options, backend)
+    return torch.ops.peft_fast.prefix_attention(*tensors, *options, backend, CODE)
 
 
 def _is_small(query: Tensor, key: Tensor, prefix_key: Tensor, dropout_p: float) -> bool:
