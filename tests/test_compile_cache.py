@@ -7,6 +7,9 @@ from torch._inductor.utils import fresh_cache
 import peft_fast
 from peft_fast.ops import _shared, bottleneck_adapter, lora_linear, prefix_attention
 
+# Inductor imports modules that torch itself has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
 x, square, head = torch.randn(4, 6), torch.randn(6, 6), torch.randn(2, 3, 4, 6)
 CALLS = {
     "lora_linear": lambda: lora_linear(x, square, square, square),

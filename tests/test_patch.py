@@ -113,10 +113,11 @@ def test_small_calls_under_checkpointing_watched_and_in_autocast(dropout_p, how)
     assert all(map(torch.equal, *results))
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed sizes", "any sizes"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 @pytest.mark.usefixtures("calls_may_be_small")
-def test_small_calls_compiled(dropout_p):
-    """With dropout stock's calls, which a compiler fuses; without it ours, whose graph no size guards."""
+def test_small_calls_compiled(dropout_p, dynamic):
+    """Stock's calls, which a compiler fuses; ours without dropout, if else a size would guard the graph."""
     graphs = []
 
     def record(graph, inputs):
@@ -125,16 +126,21 @@ def test_small_calls_compiled(dropout_p):
 
     torch._dynamo.reset()
     layer = patched_copy(lora_layers(lora_model(lora_dropout=dropout_p))[0])
-    compiled = torch.compile(layer, fullgraph=True, backend=record, dynamic=True)
+    compiled = torch.compile(layer, fullgraph=True, backend=record, dynamic=dynamic)
     x = torch.randn(16, 32)
     torch.manual_seed(5)
     y = compiled(x)
     torch.manual_seed(5)
-    assert torch.equal(y, layer(x)) or not dropout_p
+    ours = dynamic and not dropout_p
+    assert torch.equal(y, layer(x)) or ours
     assert ("dropout" in graphs[0]) == bool(dropout_p)
-    assert ("peft_fast" in graphs[0]) == (not dropout_p)
-    compiled(torch.randn(4096 if not dropout_p else 17, 32))
-    assert len(graphs) == 1
+    assert ("peft_fast" in graphs[0]) == ours
+    if dynamic:
+        compiled(torch.randn(4096 if not dropout_p else 17, 32))
+        assert len(graphs) == 1
+    else:
+        compiled(torch.randn(8192, 32))
+        assert ("peft_fast" in graphs[1]) == (len(graphs) == 2)
 
 
 @pytest.mark.parametrize(

@@ -74,8 +74,7 @@ def lora_bwd(
     wide_dy = cast(dy, wide)
     dx = da = db = dbias = None
     if need_b:  # dB = dyᵀ s
-        db = torch.mm(wide_dy.t(), s) if traced else tall_mm(s, wide_dy, traced).t().contiguous()
-        db = cast(db, lora_b.dtype)
+        db = cast(tall_mm(s, wide_dy, traced).t().contiguous(), lora_b.dtype)
     if need_bias:
         dbias = cast(wide_dy.sum(0), dy.dtype)
     if need_x or need_a:

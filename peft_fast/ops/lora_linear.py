@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from peft_fast import eager, reference, support, tuning
 from peft_fast.ops import _shared
@@ -344,16 +345,18 @@ def apply_lora_linear(
 def _is_small(x: Tensor, weight: Tensor, dropout_p: float) -> bool:
     """Whether the usual torch calls are as fast on the CPU: each call of a function of ours costs it microseconds.
 
-    Compiled they gain with dropout alone, whose mask is an op of ours that no compiler fuses; without it the size would
-    be a guard of the graph for nothing.
+    A compiled graph is guarded by a size that is not fixed only with dropout, whose mask is an op of ours that no
+    compiler fuses.
     """
-    if not support.is_ordinary(x) and not (dropout_p and torch.compiler.is_compiling()):
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not support.is_ordinary(x):
         return False
     elements = x.numel()
     if dropout_p:
         return not support.gains_by_dropout(elements, support.MIN_CPU_DROPOUT_ELEMENTS)
-    (N, K), least = weight.shape, support.MIN_CPU_ELEMENTS
-    return elements < least and elements * N < least * K
+    N, K = weight.shape
+    small = elements * max(N, K) < support.MIN_CPU_ELEMENTS * K
+    return statically_known_true(small) if compiling else small
 
 
 def _as_usual(
