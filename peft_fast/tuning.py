@@ -7,8 +7,9 @@ A trial times a training step, forward and backward, of each plan:
     fused            our matmul with the low-rank term
     fused 64x128     the same by another tile of those that are known to compile well
 
-A plan of ours is taken only where it beats stock's calls; an op that is called directly takes the fastest of ours. M
-counts by powers of two, rounded down: what wins with few rows wins with more.
+A plan of ours is taken only where it beats stock's calls; an op that is called directly takes the fastest of ours. A
+plan whose results are not those of `split`, as a compiler's fault would leave them, is not timed at all. M counts by
+powers of two, rounded down: what wins with few rows wins with more.
 
 A trial never touches what the caller has. It works on tensors of its own, and torch's random state is put back. It runs
 in a thread of its own, which no autocast, grad mode, dispatch mode or hook of the caller reaches: checkpointing would
@@ -26,7 +27,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_fast import tuning_file
+from peft_fast.eager.dropout import draw_seed
 from peft_fast.tuning_file import Times
 
 # Decoding, with a few rows at a time, meets every bucket below and would gain less than the trials cost.
@@ -45,6 +47,8 @@ MOST_ELEMENTS = 1 << 26
 # A plan replaces stock's calls, and `fused` replaces `split`, if it takes at most so much of their time: less is noise.
 GAIN = 0.98
 WARM_RUNS, ROUNDS = 3, 11
+# Of the largest value of a result: how far plans may differ. They round differently, by far less than this.
+AGREEMENT = 2**-5
 # How often a process that may not measure looks for what another one has measured.
 LOOK_SECONDS = 2.0
 
@@ -198,19 +202,31 @@ def _trial(shape: Shape, stream: Any) -> Times:
     # pipelines, others may wait for what another rank has yet to send.
     devices = [] if stream is None else [shape.device]
     with torch.random.fork_rng(devices), torch.cuda.stream(stream):
-        steps = _steps(shape)
+        steps, of_split = _steps(shape), None
         for plan, step in list(steps.items()):
             try:
                 for _ in range(WARM_RUNS):
-                    step()
+                    results = step()
+                of_split = results if plan == "split" else of_split
+                fault = "" if plan == "eager" or _agree(results, of_split) else "its results are not those of split"
             except Exception as error:  # of whatever compiler or driver gives up
-                tuning_file.warn(f"{shape} cannot run by the plan {plan}: {type(error).__name__}: {error}")
+                fault = f"{type(error).__name__}: {error}"
+            if fault:
+                tuning_file.warn(f"{shape} cannot run by the plan {plan}: {fault}")
                 del steps[plan]
+        del results, of_split
         times: dict[str, list[float]] = {plan: [] for plan in steps}
         for _ in range(ROUNDS):
             for plan, step in steps.items():
                 times[plan].append(_milliseconds(step, stream))
     return {plan: statistics.median(values) for plan, values in times.items()}
+
+
+@torch.no_grad()
+def _agree(results: Sequence[Tensor], expected: Sequence[Tensor] | None) -> bool:
+    return expected is None or all(
+        bool((a - b).abs().max() <= AGREEMENT * b.abs().max()) for a, b in zip(results, expected, strict=True)
+    )
 
 
 def _milliseconds(step: Callable[[], Any], stream: Any) -> float:
@@ -250,9 +266,11 @@ def _steps(shape: Shape) -> dict[str, Callable[[], Any]]:
         low_rank = F.linear(F.linear(F.dropout(x.to(factor_dtype), dropout_p, dropout), lora_a), lora_b)
         return (y + low_rank * 2.0).to(dtype)
 
-    def step(plan: str) -> None:
-        y = stock() if plan == "eager" else lora_linear_by(plan, x, weight, lora_a, lora_b, None, 2.0, dropout_p)
-        torch.autograd.grad(y, (x, lora_a, lora_b), dy)
+    seed = draw_seed(device) if dropout else None
+
+    def step(plan: str) -> tuple[Tensor, ...]:
+        y = stock() if plan == "eager" else lora_linear_by(plan, x, weight, lora_a, lora_b, None, 2.0, dropout_p, seed)
+        return y, *torch.autograd.grad(y, (x, lora_a, lora_b), dy)
 
     return {plan: functools.partial(step, plan) for plan in _plans(shape)}
 

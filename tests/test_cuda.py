@@ -139,7 +139,7 @@ def test_every_plan_gives_the_same_result(plan):
     shape = tuning.Shape(inputs.x.device, 256, 256, 512, 8, torch.bfloat16, torch.bfloat16, False, False)
     if plan not in tuning._plans(shape):
         pytest.skip("the chip's own tile")
-    y = lora_linear_by(plan, inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b, inputs.bias, 2.0, 0.0)
+    y = lora_linear_by(plan, inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b, inputs.bias, 2.0, 0.0, None)
     grads = torch.autograd.grad(y, (inputs.x, inputs.lora_a, inputs.lora_b), inputs.dy)
     assert_within_reference_budget([y.detach(), *grads], inputs)
 

@@ -166,6 +166,23 @@ class TestTrial:
         assert list(times) == ["eager", "split", "fused"]
         assert all(milliseconds > 0 for milliseconds in times.values())
 
+    @pytest.mark.parametrize("dropout", [True, False], ids=["dropout", "no dropout"])
+    @pytest.mark.parametrize("fault", [1.05, 0.0, torch.nan], ids=str)
+    def test_a_plan_with_other_results_is_left_out(self, fault, dropout):
+        """As a compiler's fault might leave them."""
+        module = __import__("sys").modules["peft_fast.ops.lora_linear"]
+        right = module.lora_linear_by
+        self.monkeypatch.undo()
+        self.monkeypatch.setattr(tuning, "WARM_RUNS", 1)
+        self.monkeypatch.setattr(tuning, "ROUNDS", 1)
+        self.monkeypatch.setattr(low_rank, "_NAMED_TILES", {})
+        self.monkeypatch.setattr(
+            module, "lora_linear_by", lambda plan, *args: right(plan, *args) * (fault if plan == "fused" else 1.0)
+        )
+        shape = tuning.Shape(CPU, M, K, N, R, torch.float32, torch.float32, dropout, False)
+        with pytest.warns(UserWarning, match="cannot run by the plan fused: its results are not those of split"):
+            assert list(tuning._trial(shape, None)) == ["eager", "split"]
+
 
 class Fixed(dict):
     """Choices of one plan, whatever the shape."""

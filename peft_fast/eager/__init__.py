@@ -1,4 +1,4 @@
-"""The ops from ordinary torch calls: the fast path where Triton does not serve."""
+"""The ops from ordinary torch calls, with dropout for the CPU in C: the fast path where Triton does not serve."""
 
 from peft_fast.eager.attention_dropout import dropped_attention_bwd as dropped_attention_bwd
 from peft_fast.eager.attention_dropout import dropped_attention_fwd as dropped_attention_fwd

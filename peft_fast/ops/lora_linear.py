@@ -387,8 +387,8 @@ def lora_linear_by(
     bias: Tensor | None,
     scaling: float,
     dropout_p: float,
+    seed: Tensor | None,
 ) -> Tensor:
     """`apply_lora_linear` by a plan of the kernels that is given: what is timed to choose one."""
     threshold = reference.drop_threshold(dropout_p) if dropout_p else 0
-    seed = eager.draw_seed(x.device) if threshold else None
     return _LoraLinear.apply(x, weight, lora_a, lora_b, bias, scaling, threshold, seed, plan, False)
