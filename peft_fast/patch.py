@@ -99,7 +99,8 @@ class PatchReport:
             return "peft_fast: no adapter layers"
         fused = sum(row.state == "fused" for row in self.rows)
         dropouts = f"; {self.dropouts} dropouts of the base model patched" if self.dropouts else ""
-        slow = [f"dropout takes longer than it need on this CPU: {self.slow_dropout}"] if self.slow_dropout else []
+        slow = "no C compiler serves, so numpy draws dropout, more slowly: {}; CC names a compiler"
+        notes = [slow.format(self.slow_dropout)] if self.slow_dropout else []
         table = [
             ("module", "op", "runs", "reason"),
             *((row.name, row.op, row.state, row.reason) for row in self.rows),
@@ -108,7 +109,7 @@ class PatchReport:
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
         ]
-        return "\n".join([f"peft_fast: {fused} of {len(self.rows)} adapter layers fused{dropouts}", *slow, *lines])
+        return "\n".join([f"peft_fast: {fused} of {len(self.rows)} adapter layers fused{dropouts}", *notes, *lines])
 
 
 def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:

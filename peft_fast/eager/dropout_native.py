@@ -61,7 +61,8 @@ def load() -> ctypes.CDLL | str:
             except (OSError, subprocess.SubprocessError):  # OpenMP is not there, or not torch's: one thread then
                 return _compiled(compiler, folder)
     except subprocess.CalledProcessError as error:
-        return f"{shlex.join(error.cmd)}: {error.stderr.decode(errors='replace').strip()}"
+        said = error.stderr.decode(errors="replace").strip() or f"exit status {error.returncode}"
+        return f"{shlex.join(compiler)}: {said}"
     except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:
         return f"{type(error).__name__}: {error}"
 
