@@ -23,8 +23,8 @@ from benchmarks._calls import OPS, Call, calls
 from benchmarks._readings import CHIPS, TENSOR_MEMORY_COLUMNS, kernel_name, read, source
 
 # What the tests take, since all of it takes long: bf16 on every chip, the other dtypes and what takes most registers on
-# one chip with wgmma and one without, fp16 on the first; the kernel that only adds partial sums in bf16's calls alone.
-# Whoever changes a kernel or a tile runs all of it.
+# one chip with wgmma and one without, fp16 on the first; the kernel that only adds partial sums in the first of
+# these alone. Whoever changes a kernel or a tile runs all of it.
 _BF16 = {"R 8, split", "R 8, fused", "R 48, plain", "DH 64, padding"}
 _BF16_ON_TWO = {
     "R 8, few rows",

@@ -202,7 +202,7 @@ def _trial(shape: Shape, stream: Any) -> Times:
     # pipelines, others may wait for what another rank has yet to send.
     devices = [] if stream is None else [shape.device]
     with torch.random.fork_rng(devices), torch.cuda.stream(stream):
-        steps, of_split = _steps(shape), None
+        steps, results, of_split = _steps(shape), None, None
         for plan, step in list(steps.items()):
             try:
                 for _ in range(WARM_RUNS):
@@ -214,7 +214,7 @@ def _trial(shape: Shape, stream: Any) -> Times:
             if fault:
                 tuning_file.warn(f"{shape} cannot run by the plan {plan}: {fault}")
                 del steps[plan]
-        del results, of_split
+        results = of_split = None  # their memory is not needed any more
         times: dict[str, list[float]] = {plan: [] for plan in steps}
         for _ in range(ROUNDS):
             for plan, step in steps.items():

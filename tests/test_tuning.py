@@ -76,6 +76,12 @@ class TestChoice:
         with pytest.warns(UserWarning, match="cannot run by the plan fused: RuntimeError: out of shared memory"):
             assert choose() == ("split", False)
 
+    def test_plans_that_all_fail(self, monkeypatch):
+        Timer(monkeypatch, dict.fromkeys(FUSED_WINS, RuntimeError("no device")))
+        with pytest.warns(UserWarning, match="cannot run by the plan") as warned:
+            assert choose() == ("split", None)
+        assert not any("was not measured" in str(warning.message) for warning in warned)
+
     @pytest.mark.parametrize("which", ["eager", "split"])
     def test_a_trial_that_fails_is_not_repeated(self, monkeypatch, which):
         timer = Timer(monkeypatch, FUSED_WINS | {which: torch.cuda.OutOfMemoryError("tried to allocate 1 GiB")})
